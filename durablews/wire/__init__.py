@@ -1,0 +1,1 @@
+"""Dialects: how entries become frames, and frames become answers. Sans I/O."""
