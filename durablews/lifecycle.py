@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
-__all__ = ["TRANSITIONS", "LinkEvent", "Lifecycle", "State"]
+__all__ = ["TRANSITIONS", "Lifecycle", "LinkEvent", "State"]
 
 
 class State(enum.Enum):

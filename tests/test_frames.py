@@ -61,7 +61,9 @@ def test_a_vector_is_encoded_as_it_stands(vector: dict[str, str]) -> None:
 @pytest.mark.parametrize("vector", VECTORS["refused"], ids=lambda v: v["name"])
 def test_a_refused_vector_raises_the_one_error(vector: dict[str, str]) -> None:
     """What vectors.json refuses is refused with ProtocolError, whichever side reads it."""
-    kind = json.loads(vector["json"])["t"] if vector["json"].startswith('{"t":"') and vector["json"][-1] == "}" else "ack"
+    kind = (
+        json.loads(vector["json"])["t"] if vector["json"].startswith('{"t":"') and vector["json"][-1] == "}" else "ack"
+    )
     with pytest.raises(ProtocolError) as refused:
         decode(Codec(JSON), vector["json"], kind)
     assert refused.value.close_code == 4400

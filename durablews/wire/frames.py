@@ -202,7 +202,7 @@ class _OutPush(Struct, frozen=True, tag_field="t", tag="push", omit_defaults=Tru
 
 _KNOWN: Final = frozenset({"hello", "welcome", "msgs", "ack", "nack", "flow", "push", "ping", "pong", "bye"})
 
-# What msgspec raises on hostile bytes: DecodeError is a ValueError, as are Unicode errors; nesting ends in RecursionError.
+# What msgspec raises on hostile bytes: its DecodeError is a ValueError, as Unicode errors are; deep nesting recurses.
 _MALFORMED = (ValueError, RecursionError, OverflowError)
 
 
@@ -347,5 +347,3 @@ def _json_text(payload: object) -> str | bytes:
     except _MALFORMED:
         raise ProtocolError("malformed payload: a str must hold JSON text") from None
     return payload
-
-

@@ -1,0 +1,232 @@
+"""Opens outbox files: creates one whole or not at all, asks each PRAGMA for what it did, names every fault.
+
+Never `open()` an outbox in the process that may own it: closing that descriptor drops SQLite's locks (sqlite.org,
+"How to corrupt", section 2.2). Everything here goes through SQLite or `os.stat`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from durablews.errors import (
+    NotAnOutbox,
+    OutboxError,
+    OutboxFull,
+    OutboxLocked,
+    OutboxMissing,
+    StorageFailed,
+)
+from durablews.jobs import UncertainCommit, transaction
+from durablews.schema import APPLICATION_ID, apply_migrations, migrations, require_outbox
+
+__all__ = [
+    "BUSY_TIMEOUT",
+    "create",
+    "open_outbox",
+    "prepare",
+    "require_file",
+    "storage_errors",
+    "uri",
+    "wal_bytes",
+]
+
+#: Seconds that a write waits for another program's transaction.
+BUSY_TIMEOUT = 5.0
+#: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4000 frames at which the shared
+#: memory index would grow on a full disk.
+_CHECKPOINT_PAGES = 1000
+_JOURNAL_SIZE_LIMIT = 4 * 1024 * 1024
+# STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
+_OLDEST_SQLITE = (3, 37, 0)
+
+SYNCHRONOUS = {"power": 2, "process": 1}  # FULL, NORMAL
+
+
+def uri(path: str, mode: str) -> str:
+    """Return the URI of a database file; a path with ``?``, ``#`` or ``%`` in it stays one path."""
+    return f"{Path(path).resolve().as_uri()}?mode={mode}"
+
+
+def require_file(path: str) -> None:
+    """Check that there is a file that may be a database.
+
+    Raises:
+        OutboxMissing: there is none.
+        NotAnOutbox: it is a folder, a device, or empty.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise OutboxMissing(path, "there is no such outbox") from None
+    except OSError as exc:
+        raise OutboxMissing(path, f"cannot be reached: {exc.strerror}") from exc
+    if os.path.isdir(path):
+        raise NotAnOutbox(path, "a folder, not an outbox")
+    if status.st_size == 0 and not wal_bytes(path):
+        # SQLite takes an empty file for an empty database: an outbox that was truncated would start anew in silence.
+        raise NotAnOutbox(path, "an empty file, not an outbox; if nothing was lost in it, remove it to start a new one")
+
+
+def wal_bytes(path: str) -> int:
+    """Return the size of the write-ahead log beside a database; 0 when there is none."""
+    try:
+        return os.stat(f"{os.path.realpath(path)}-wal").st_size
+    except OSError:
+        return 0
+
+
+def create(path: str) -> None:
+    """Create an outbox at `path` unless something is there already.
+
+    It is made whole under another name and then linked, so that nobody ever opens half an outbox, and the folder is
+    synced, so that a power cut does not take the file with it.
+    """
+    if os.path.lexists(path) and (os.path.exists(path) or not os.path.islink(path)):
+        return
+    final = Path(path).resolve()
+    if not final.parent.is_dir():
+        raise OutboxMissing(path, f"the folder {final.parent} does not exist")
+    made = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        os.close(os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as exc:
+        raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
+    try:
+        with storage_errors(path):
+            connection = sqlite3.connect(made, isolation_level=None)
+            try:
+                connection.execute("PRAGMA synchronous = FULL")
+                # Before the first table, and before WAL, or it is silently ignored.
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                with transaction(connection):
+                    apply_migrations(connection, path)
+                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    connection.execute(f"PRAGMA user_version = {migrations()[-1][0]}")
+                _expect(connection, path, "journal_mode = WAL", "wal")
+            finally:
+                connection.close()
+            _publish(made, final)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _publish(made: Path, final: Path) -> None:
+    try:
+        os.link(made, final)
+    except FileExistsError:
+        return  # someone else was quicker, and theirs counts
+    except OSError:
+        # A file system without hard links (FAT). A rename would replace, so look first.
+        if final.exists():
+            return
+        os.rename(made, final)
+    if os.name == "posix":
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def prepare(connection: sqlite3.Connection, path: str, *, durability: str = "power", drainer: bool = False) -> None:
+    """Set up a connection to an outbox and bring its schema up to date.
+
+    In an application's own database only what belongs to this connection is set.
+
+    Args:
+        durability: ``"power"`` syncs each commit, ``"process"`` leaves that to the next checkpoint.
+        drainer: whether this connection checkpoints. Only the drainer does: SQLite 3.7.0 to 3.51.2 can corrupt a log
+            that two connections reset at once (sqlite.org/wal.html, "the WAL-reset bug").
+
+    Raises:
+        NotAnOutbox, OutboxTooNew: it is not for us. Nothing was touched.
+        StorageFailed: SQLite does not do what an outbox needs, here.
+    """
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise StorageFailed(path, f"SQLite {sqlite3.sqlite_version} is too old; durablews needs 3.37")
+    present = require_outbox(connection, path)
+    ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    if ours:
+        _expect(connection, path, "journal_mode = WAL", "wal")
+        _expect(connection, path, "auto_vacuum", 2)
+        _expect(connection, path, f"journal_size_limit = {_JOURNAL_SIZE_LIMIT}", _JOURNAL_SIZE_LIMIT)
+    _expect(connection, path, "locking_mode = NORMAL", "normal")
+    set_synchronous(connection, path, SYNCHRONOUS[durability])
+    for pragma in ("fullfsync = 1", "checkpoint_fullfsync = 1"):  # macOS: fsync alone does not reach the medium
+        connection.execute(f"PRAGMA {pragma}")
+    pages = _CHECKPOINT_PAGES if drainer else 0
+    _expect(connection, path, f"wal_autocheckpoint = {pages}", pages)
+    # Debian's SQLite overwrites what is deleted with zeros; on flash that is wear without secrecy.
+    _expect(connection, path, "secure_delete = OFF", 0)
+    _expect(connection, path, "cell_size_check = ON", 1)
+    if present < migrations()[-1][0]:
+        with transaction(connection):
+            apply_migrations(connection, path)
+            if ours:
+                connection.execute(f"PRAGMA user_version = {migrations()[-1][0]}")
+
+
+def set_synchronous(connection: sqlite3.Connection, path: str, level: int) -> None:
+    """Set how commits are synced (2: each one) and check that it took."""
+    _expect(connection, path, f"synchronous = {level}", level)
+
+
+def open_outbox(path: str, *, durability: str = "power") -> sqlite3.Connection:
+    """Open an existing outbox for one who writes to it and does not drain it."""
+    require_file(path)
+    with storage_errors(path):
+        connection = sqlite3.connect(uri(path, "rw"), uri=True, isolation_level=None, timeout=BUSY_TIMEOUT)
+        try:
+            prepare(connection, path, durability=durability)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _expect(connection: sqlite3.Connection, path: str, pragma: str, value: object) -> None:
+    """Run a PRAGMA and ask it what holds now: SQLite ignores in silence what it cannot do."""
+    name = pragma.split(" ")[0]
+    if pragma != name:
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+    answer = connection.execute(f"PRAGMA {name}").fetchone()[0]
+    if answer != value:
+        why = " (a network file system?)" if name == "journal_mode" else ""
+        raise StorageFailed(path, f"SQLite answers {answer!r} for {name}, and an outbox needs {value!r}{why}")
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Turn what SQLite raises into what a caller can act upon."""
+    try:
+        yield
+    except UncertainCommit as exc:
+        raise StorageFailed(
+            path, f"the disk failed during the commit ({exc.name}): the message may or may not be stored", stored=None
+        ) from exc
+    except sqlite3.Error as exc:
+        raise _translated(path, exc) from exc
+
+
+def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
+    name: str = getattr(exc, "sqlite_errorname", None) or type(exc).__name__
+    if name == "SQLITE_FULL":
+        return OutboxFull(path, "the disk is full; nothing was stored")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return OutboxLocked(
+            path, f"another program held its write lock for more than {BUSY_TIMEOUT:g} s; nothing was stored"
+        )
+    if name == "SQLITE_NOTADB":
+        return NotAnOutbox(path, "not a SQLite database, so not an outbox")
+    if name.startswith("SQLITE_READONLY"):
+        return StorageFailed(path, "the file or its folder cannot be written; nothing was stored")
+    if name.startswith("SQLITE_CANTOPEN"):
+        return StorageFailed(path, "cannot be opened: check that its folder can be read and written")
+    if name.startswith("SQLITE_CORRUPT"):
+        return StorageFailed(path, "the file is damaged; nothing was stored")
+    return StorageFailed(path, f"the storage failed ({name}); nothing was stored")
