@@ -207,8 +207,8 @@ def _make_room(connection: sqlite3.Connection, drafts: Sequence[Draft], caps: Ca
         return False
     connection.executemany("DELETE FROM durablews_entries WHERE seq = ?", [(seq,) for seq, _, _ in victims])
     connection.executemany(
-        "INSERT INTO durablews_departed (seq, reason, at) VALUES (?, 'dropped', ?)",
-        [(seq, wall) for seq, _, _ in victims],
+        "INSERT INTO durablews_departed (seq, reason, unknown, at) VALUES (?, 'dropped', ?, ?)",
+        [(seq, ack_state == 1, wall) for seq, _, ack_state in victims],
     )
     connection.execute("DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000")
     unanswered = sum(ack_state == 1 for _, _, ack_state in victims)

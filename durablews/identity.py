@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable
 
 from durablews.entries import last_sequence
+from durablews.settlement import mark_first_as_sent
 
-__all__ = ["claimed_last", "confirm_raise", "machine_id", "renew_stream", "take_over"]
+__all__ = ["claimed_last", "confirm_raise", "leave", "machine_id", "renew_stream", "take_over"]
 
 #: The raise of the sequence at each opening is uniform in 1 to this.
 _LARGEST_RAISE = 2**32
@@ -36,9 +37,11 @@ def take_over(
         draw: returns a uniform integer in 0 to its argument, exclusive.
     """
     inode = str(os.stat(path).st_ino)
-    stream, file, where, raised_from, raised_to = connection.execute(
-        "SELECT stream, file, machine, raised_from, raised_to FROM durablews_meta"
+    stream, file, where, raised_from, raised_to, draining, largest_window = connection.execute(
+        "SELECT stream, file, machine, raised_from, raised_to, draining, largest_window FROM durablews_meta"
     ).fetchone()
+    if draining:
+        mark_first_as_sent(connection, largest_window)
     if (file or inode) != inode or (where or machine) != machine:
         stream = renew_stream(connection)
     last = last_sequence(connection)
@@ -51,7 +54,7 @@ def take_over(
     _set_last_sequence(connection, raised)
     connection.execute(
         "UPDATE durablews_meta SET file = ?, machine = ?, raised_from = ?, raised_to = ?,"
-        " largest_window = max(largest_window, ?)",
+        " largest_window = max(largest_window, ?), draining = 1",
         (inode, machine, given_out, raised, window),
     )
     return str(stream)
@@ -67,6 +70,11 @@ def claimed_last(connection: sqlite3.Connection) -> int:
 def confirm_raise(connection: sqlite3.Connection) -> None:
     """Note that a server has welcomed this stream after its raise."""
     connection.execute("UPDATE durablews_meta SET raised_from = NULL, raised_to = NULL WHERE raised_to IS NOT NULL")
+
+
+def leave(connection: sqlite3.Connection) -> None:
+    """Note that the drainer closes with everything said about what was in flight."""
+    connection.execute("UPDATE durablews_meta SET draining = 0")
 
 
 def renew_stream(connection: sqlite3.Connection) -> str:

@@ -17,6 +17,7 @@ from durablews.messages import Refusal
 __all__ = [
     "Run",
     "expire",
+    "mark_first_as_sent",
     "mark_unanswered",
     "refuse",
     "requeue",
@@ -99,6 +100,26 @@ def mark_unanswered(connection: sqlite3.Connection, runs: Sequence[Run], wall: i
         connection.execute("UPDATE durablews_totals SET redelivered = redelivered + ?", (marked,))
 
 
+def mark_first_as_sent(connection: sqlite3.Connection, window: int) -> None:
+    """Count the first `window` of each priority as transmitted: a drainer died without saying what was in flight.
+
+    PROTOCOL.md C3. In flight is in memory only, so that sending costs no write; this is its price, paid at a crash.
+    """
+    priority = 101
+    while True:
+        row = connection.execute(
+            "SELECT max(priority) FROM durablews_entries WHERE priority < ? AND ack_state < 2", (priority,)
+        ).fetchone()
+        if row[0] is None:
+            return
+        priority = row[0]
+        connection.execute(
+            "UPDATE durablews_entries SET ack_state = 1 WHERE seq IN (SELECT seq FROM durablews_entries"
+            " WHERE priority = ? AND ack_state < 2 ORDER BY seq LIMIT ?)",
+            (priority, window),
+        )
+
+
 def refuse(connection: sqlite3.Connection, seq: int, refusal: Refusal, wall: int) -> bool:
     """Make an entry a dead letter; False when it is no longer there."""
     size = _restate(connection, seq, 2, refusal)
@@ -109,7 +130,7 @@ def refuse(connection: sqlite3.Connection, seq: int, refusal: Refusal, wall: int
         " dead_messages = dead_messages + 1, dead_bytes = dead_bytes + :b",
         {"b": size},
     )
-    _remember_departure(connection, seq, "refused", wall)
+    _remember_departure(connection, seq, "refused", wall, unknown=refusal.unknown)
     _bury_over_cap(connection)
     return True
 
@@ -157,7 +178,7 @@ def requeue(connection: sqlite3.Connection, seq: int, wall: int, *, nacked: bool
     became = new.lastrowid
     connection.execute("DELETE FROM durablews_entries WHERE seq = ?", (seq,))
     connection.execute("UPDATE durablews_ids SET seq = ? WHERE seq = ?", (became, seq))
-    _remember_departure(connection, seq, "renumbered", wall, became)
+    _remember_departure(connection, seq, "renumbered", wall, became=became)
     return became
 
 
@@ -220,15 +241,22 @@ def expire(connection: sqlite3.Connection, now: int, max_age: int | None, claims
             " expired_unanswered = expired_unanswered + ?",
             (len(rows), sum(size for _, size, _ in rows), len(rows) - unanswered, unanswered),
         )
-        for seq, _, _ in rows:
-            _remember_departure(connection, seq, "expired", wall)
+        for seq, _, ack_state in rows:
+            _remember_departure(connection, seq, "expired", wall, unknown=ack_state == 1)
     return [seq for seq, _, _ in rows]
 
 
 def _remember_departure(
-    connection: sqlite3.Connection, seq: int, reason: str, wall: int, became: int | None = None
+    connection: sqlite3.Connection,
+    seq: int,
+    reason: str,
+    wall: int,
+    *,
+    unknown: bool = False,
+    became: int | None = None,
 ) -> None:
     connection.execute(
-        "INSERT INTO durablews_departed (seq, reason, became, at) VALUES (?, ?, ?, ?)", (seq, reason, became, wall)
+        "INSERT INTO durablews_departed (seq, reason, unknown, became, at) VALUES (?, ?, ?, ?, ?)",
+        (seq, reason, unknown, became, wall),
     )
     connection.execute("DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000")

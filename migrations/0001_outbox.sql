@@ -12,6 +12,8 @@ CREATE TABLE durablews_meta (
     raised_to      INTEGER,
     -- The largest window that was ever used: so many of each priority count as transmitted after a restart.
     largest_window INTEGER NOT NULL DEFAULT 0,
+    -- 1 while a drainer has it open: found set at an opening, that drainer died with messages in flight.
+    draining       INTEGER NOT NULL DEFAULT 0,
     -- The outbox clock: its reading in ms, and the boot clock's when that was read.
     clock          INTEGER NOT NULL DEFAULT 0,
     boot           TEXT,
@@ -47,7 +49,7 @@ CREATE TABLE durablews_totals (
     dropped_unanswered INTEGER NOT NULL DEFAULT 0,  -- by drop_oldest, after a transmission: delivery unknown
     dropped_new        INTEGER NOT NULL DEFAULT 0,  -- by drop_new: never stored
     dead_dropped       INTEGER NOT NULL DEFAULT 0,  -- dead letters over their own cap
-    redelivered        INTEGER NOT NULL DEFAULT 0   -- transmissions after the first
+    redelivered        INTEGER NOT NULL DEFAULT 0   -- were unanswered when a connection was lost: sent again
 ) STRICT;
 
 CREATE TABLE durablews_entries (
@@ -82,8 +84,9 @@ CREATE TABLE durablews_departed (
     id     INTEGER PRIMARY KEY,
     seq    INTEGER NOT NULL,
     reason TEXT NOT NULL CONSTRAINT known_reason CHECK (reason IN ('expired', 'dropped', 'refused', 'renumbered')),
-    became INTEGER,           -- the new sequence of a renumbered one
-    at     INTEGER NOT NULL   -- ms UTC
+    unknown INTEGER NOT NULL DEFAULT 0,  -- 1: it had been transmitted, so it may have been applied all the same
+    became INTEGER,                      -- the new sequence of a renumbered one
+    at     INTEGER NOT NULL              -- ms UTC
 ) STRICT;
 CREATE INDEX durablews_departed_seq ON durablews_departed (seq);
 
@@ -183,8 +186,9 @@ CREATE TRIGGER durablews_arrivals_insert INSTEAD OF INSERT ON durablews_arrivals
         dropped = dropped + (SELECT count(*) FROM durablews_evicted WHERE ack_state = 0),
         dropped_unanswered = dropped_unanswered + (SELECT count(*) FROM durablews_evicted WHERE ack_state = 1)
     WHERE EXISTS (SELECT 1 FROM durablews_evicted);
-    INSERT INTO durablews_departed (seq, reason, at)
-    SELECT seq, 'dropped', CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) FROM durablews_evicted;
+    INSERT INTO durablews_departed (seq, reason, unknown, at)
+    SELECT seq, 'dropped', ack_state = 1, CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)
+    FROM durablews_evicted;
     DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000;
     DELETE FROM durablews_entries WHERE seq IN (SELECT seq FROM durablews_evicted);
     DELETE FROM durablews_evicted;

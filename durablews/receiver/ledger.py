@@ -11,8 +11,6 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from msgspec import Struct
-
 from durablews.jobs import transaction
 
 __all__ = [
@@ -81,13 +79,6 @@ class Forbidden(Exception):
     """The stream belongs to somebody else (S8)."""
 
 
-class _Newest(Struct, frozen=True):
-    connection: str
-    instance: str
-    last_seen_at: int
-    seq: int
-
-
 def installed_schema(connection: sqlite3.Connection) -> int | None:
     """Return the version of the receiver's tables in this file; None when there are none."""
     query = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'durablews_receiver'"
@@ -150,10 +141,18 @@ def number(connection: sqlite3.Connection, stream: str, connection_id: str, prio
         Overtaken: another connection is newer.
         Forgotten: the stream was forgotten.
     """
-    newest = _newest(connection, stream, priority)
-    if newest.connection != connection_id:
-        raise Overtaken(newest.instance)
-    return newest.seq
+    # One statement: the fence test and the number are of the same moment even outside a transaction.
+    row = connection.execute(
+        "SELECT s.connection, s.instance, coalesce(n.seq, 0) FROM durablews_streams AS s"
+        " LEFT JOIN durablews_seen AS n ON n.stream = s.stream AND n.priority = ? WHERE s.stream = ?",
+        (priority, stream),
+    ).fetchone()
+    if row is None:
+        raise Forgotten
+    newest, instance, seq = row
+    if newest != connection_id:
+        raise Overtaken(instance)
+    return int(seq)
 
 
 def is_newest(connection: sqlite3.Connection, stream: str, connection_id: str) -> bool:
@@ -200,15 +199,3 @@ def forget(connection: sqlite3.Connection, *, now: int, unheard_for: int = FORGE
         )
         connection.execute("DELETE FROM durablews_streams WHERE last_seen_at <= ?", limit)
     return [row[0] for row in rows]
-
-
-def _newest(connection: sqlite3.Connection, stream: str, priority: int) -> _Newest:
-    # One statement: the fence test and the number are of the same moment even outside a transaction.
-    row = connection.execute(
-        "SELECT s.connection, s.instance, s.last_seen_at, coalesce(n.seq, 0) FROM durablews_streams AS s"
-        " LEFT JOIN durablews_seen AS n ON n.stream = s.stream AND n.priority = ? WHERE s.stream = ?",
-        (priority, stream),
-    ).fetchone()
-    if row is None:
-        raise Forgotten
-    return _Newest(*row)

@@ -1,0 +1,349 @@
+"""The writer of one outbox file: everything that waits becomes one transaction, concurrent senders share one sync.
+
+Two kinds of work come in. A *request* to enqueue has a caller who is told what became of it. A *change* (an
+acknowledgement to settle, a dead letter) is owed: the server has acted on it already, so that a full or failing disk
+only delays it, visibly in `trouble`, until it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import aiosqlite
+
+from durablews import database, entries
+from durablews.clock import Clock
+from durablews.entries import Gap
+from durablews.errors import DurablewsError, OutboxClosed, OutboxError, StorageFailed
+from durablews.jobs import JobConnection, run_job, transaction
+from durablews.messages import Draft
+from durablews.settlement import Run, settle, stamp_unseen
+
+__all__ = ["Storage"]
+
+T = TypeVar("T")
+_Enqueued = list[int | Gap] | DurablewsError
+
+# Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
+_LARGEST_TRANSACTION = 4000
+# Seconds between tries of owed changes while the disk fails: doubling from the first to the second.
+_RETRY_DELAYS = (0.5, 30.0)
+
+
+class _Work:
+    """What one transaction does."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Sequence[Draft], asyncio.Future[list[int | Gap]]]] = []
+        self.changes: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
+        self.runs: list[Run] = []
+        self.reads: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.requests or self.changes or self.runs or self.reads)
+
+
+class Storage:
+    """One open outbox file.
+
+    Args:
+        path: the outbox; created when there is none.
+        durability: ``"power"``: a commit is synced before it is reported. ``"process"``: it survives a kill only.
+        drainer: whether this process drains it, and so checkpoints.
+        clock: time.
+    """
+
+    def __init__(self, path: str, *, durability: str, drainer: bool, clock: Clock) -> None:
+        self.path = path
+        self.clock = clock
+        #: What its own drainer has read in order to send it: no policy of this process takes it. The connection's thread
+        #: writes it in the same job that reads the entries, so that no later transaction can miss one.
+        self.claims: dict[int, tuple[int, int]] = {}
+        #: Acknowledged runs whose deletion has just failed, for the reads that follow in the same job.
+        self.owed: Sequence[Run] = ()
+        #: Called in the loop after messages were stored, after runs were settled, and when others may have left.
+        self.on_stored: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[Sequence[Run]], None] = lambda runs: None
+        #: Why owed changes cannot be written just now, as a sentence; None when nothing is owed.
+        self.trouble: str | None = None
+        self._durability = durability
+        self._drainer = drainer
+        self._db: aiosqlite.Connection | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._next = _Work()
+        self._wake = asyncio.Event()
+        self._closing = False
+        # Of the drainer's connection: everything up to this data_version is synced, unless `_unsynced`.
+        self._synced_version = -1
+        self._unsynced = False
+
+    async def open(self, first: Callable[[sqlite3.Connection], T]) -> T:
+        """Open the file and run `first` in one synced transaction before anything else.
+
+        Raises:
+            OutboxError: whatever keeps it from being opened.
+        """
+        await asyncio.to_thread(self._create)
+        with database.storage_errors(self.path):
+            db = aiosqlite.connect(
+                database.uri(self.path, "rw"),
+                uri=True,
+                isolation_level=None,
+                timeout=database.BUSY_TIMEOUT,
+                factory=JobConnection,
+            )
+            self._db = await db
+        try:
+            with database.storage_errors(self.path):
+                result = await run_job(self._db, lambda connection: self._first_job(connection, first))
+        except BaseException:
+            await self._stop()
+            raise
+        self._writer = asyncio.create_task(self._write_loop(), name=f"durablews writer {self.path}")
+        return result
+
+    async def close(self) -> None:
+        """Finish what was handed over, then close the file. Owed changes that fail now are left to the next opening."""
+        self._closing = True
+        self._wake.set()
+        try:
+            if self._writer is not None:
+                await asyncio.shield(self._writer)
+        finally:
+            await self._stop()
+
+    def enqueue(self, drafts: Sequence[Draft]) -> asyncio.Future[list[int | Gap]]:
+        """Store messages in the next transaction; the future gives their sequences once it is committed."""
+        future = self._future()
+        self._next.requests.append((drafts, future))
+        self._wake.set()
+        return future
+
+    def change(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+        """Run `job` in the next transaction; the future gives what it returned once that is committed."""
+        future = self._future()
+        self._next.changes.append((job, future))
+        self._wake.set()
+        return future
+
+    def settle(self, run: Run) -> None:
+        """Delete acknowledged entries in the next transaction."""
+        runs = self._next.runs
+        if runs and runs[-1].priority == run.priority and runs[-1].last < run.first:
+            last = runs[-1]
+            if run.first == last.last + 1:
+                run = Run(run.priority, last.first, run.last, last.messages + run.messages, last.bytes + run.bytes)
+                runs.pop()
+        runs.append(run)
+        self._wake.set()
+
+    def read(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+        """Run `job`, which only reads, after everything that was handed over before it."""
+        future = self._future()
+        self._next.reads.append((job, future))
+        self._wake.set()
+        return future
+
+    def synced_read(self, connection: sqlite3.Connection, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `job` so that all it sees is on the medium (PROTOCOL.md C8).
+
+        What another connection committed may be in the operating system's cache only, and so may our own commits under
+        ``durability="process"``: then one synced commit that writes something comes first, which syncs the log up to
+        and including everything before it.
+        """
+        connection.execute("BEGIN")
+        try:
+            result = job(connection)
+            version = _data_version(connection)
+        finally:
+            connection.execute("COMMIT")
+        if version == self._synced_version and not self._unsynced:
+            return result
+        database.set_synchronous(connection, self.path, database.SYNCHRONOUS["power"])
+        try:
+            with transaction(connection):
+                version = self._absorb(connection)
+                connection.execute("UPDATE durablews_meta SET boot_clock = boot_clock")
+                result = job(connection)
+        finally:
+            database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
+        self._synced_version, self._unsynced = version, False
+        return result
+
+    # -- in the loop
+
+    def _future(self) -> asyncio.Future[Any]:
+        if self._closing or self._writer is None or self._writer.done():
+            raise OutboxClosed(self.path, "the outbox is closed")
+        return asyncio.get_running_loop().create_future()
+
+    async def _write_loop(self) -> None:
+        delay = _RETRY_DELAYS[0]
+        try:
+            while True:
+                if not self._next:
+                    if self._closing:
+                        return
+                    await self._wake.wait()
+                self._wake.clear()
+                work = self._take()
+                error = await self._perform(work)
+                if error is None:
+                    delay, self.trouble = _RETRY_DELAYS[0], None
+                    continue
+                self.trouble = error.what
+                if self._closing:
+                    self._abandon(error)
+                    return
+                # New requests are tried at once, each with the owed changes; only those alone wait.
+                await self._pause(delay)
+                delay = min(delay * 2, _RETRY_DELAYS[1])
+        except asyncio.CancelledError:
+            # The loop is going down without close(): the connection's thread would keep the interpreter alive.
+            if self._db is not None:
+                self._db.stop()
+            raise
+
+    async def _pause(self, delay: float) -> None:
+        deadline = asyncio.get_running_loop().time() + delay
+        while not (self._next.requests or self._next.reads or self._closing):
+            self._wake.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+
+    def _take(self) -> _Work:
+        work, self._next = self._next, _Work()
+        count = 0
+        for position, (drafts, _) in enumerate(work.requests):
+            count += len(drafts)
+            if count > _LARGEST_TRANSACTION and position > 0:
+                self._next.requests = work.requests[position:]
+                del work.requests[position:]
+                self._wake.set()
+                break
+        return work
+
+    async def _perform(self, work: _Work) -> OutboxError | None:
+        """Do one transaction's work; return why what is owed could not be written, after putting it back."""
+        assert self._db is not None
+        results, error = await run_job(self._db, lambda connection: self._job(connection, work))
+        stored = False
+        for (_, future), result in zip(work.requests, results, strict=True):
+            stored = stored or not isinstance(result, Exception)
+            _resolve(future, result)
+        if error is None:
+            if work.runs:
+                self.on_settled(work.runs)
+        else:
+            self._next.changes[:0] = work.changes
+            self._next.runs[:0] = work.runs
+        if stored:
+            self.on_stored()
+        return error
+
+    def _abandon(self, error: OutboxError) -> None:
+        for _, future in [*self._next.changes, *self._next.requests, *self._next.reads]:
+            _resolve(future, error)
+
+    async def _stop(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            await db.close()
+
+    # -- on the connection's thread
+
+    def _create(self) -> None:
+        database.create(self.path)
+        database.require_file(self.path)
+
+    def _first_job(self, connection: sqlite3.Connection, first: Callable[[sqlite3.Connection], T]) -> T:
+        database.prepare(connection, self.path, drainer=self._drainer)
+        with transaction(connection):
+            entries.outbox_time(connection, self.clock)
+            self._synced_version = self._absorb(connection)
+            result = first(connection)
+        if self._durability != "power":
+            database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
+        return result
+
+    def _job(self, connection: sqlite3.Connection, work: _Work) -> tuple[list[_Enqueued], OutboxError | None]:
+        """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
+        requests = [drafts for drafts, _ in work.requests]
+        results: list[_Enqueued] = []
+        error: OutboxError | None = None
+        if work.requests or work.changes or work.runs:
+            try:
+                results = self._transaction(connection, work, requests)
+            except OutboxError as exc:
+                results, error = [exc] * len(requests), exc
+                if requests and (work.changes or work.runs):
+                    try:
+                        self._transaction(connection, work, [])
+                    except OutboxError as again:
+                        error = again
+                    else:
+                        error = None
+                elif requests:
+                    error = None
+        self.owed = work.runs if error else ()
+        for job, future in work.reads:
+            try:
+                with database.storage_errors(self.path):
+                    outcome: Any = job(connection)
+            except Exception as exc:
+                outcome = exc
+            _resolve_soon(future, outcome)
+        return results, error
+
+    def _transaction(
+        self, connection: sqlite3.Connection, work: _Work, requests: Sequence[Sequence[Draft]]
+    ) -> list[_Enqueued]:
+        results: list[_Enqueued] = []
+        try:
+            with database.storage_errors(self.path), transaction(connection):
+                version = self._absorb(connection) if self._drainer else -1
+                if work.runs:
+                    settle(connection, work.runs)
+                outcomes = [job(connection) for job, _ in work.changes]
+                if requests:
+                    results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claims)
+        except DurablewsError:
+            raise
+        except Exception as exc:  # a defect of ours: its callers must hear of it, and the writer must live on
+            raise StorageFailed(self.path, f"a defect in durablews: {exc!r}; nothing was stored") from exc
+        self._synced_version = version
+        self._unsynced = self._durability != "power"
+        for (_, future), outcome in zip(work.changes, outcomes, strict=True):
+            _resolve_soon(future, outcome)
+        return results
+
+    def _absorb(self, connection: sqlite3.Connection) -> int:
+        """Start the age of what others inserted; return the data_version that this transaction stands on."""
+        version = _data_version(connection)
+        if version != self._synced_version:
+            stamp_unseen(connection, entries.outbox_time(connection, self.clock))
+        return version
+
+
+def _data_version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA data_version").fetchone()[0])
+
+
+def _resolve(future: asyncio.Future[Any], outcome: Any) -> None:
+    if future.done():
+        return  # its caller was cancelled: stored or not, that is what it cannot know
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _resolve_soon(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Resolve a future of the loop from the connection's thread."""
+    future.get_loop().call_soon_threadsafe(_resolve, future, outcome)
