@@ -9,12 +9,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from durablews.errors import DurablewsError as DurablewsError
+    from durablews.client import Client as Client, Stats as Stats, connect as connect
+    from durablews.config import Settings as Settings
+    from durablews.errors import (
+        ConfigError as ConfigError,
+        Dropped as Dropped,
+        DurablewsError as DurablewsError,
+        Expired as Expired,
+        MessageTooLarge as MessageTooLarge,
+        NotAnOutbox as NotAnOutbox,
+        OutboxClosed as OutboxClosed,
+        OutboxError as OutboxError,
+        OutboxFull as OutboxFull,
+        OutboxInUse as OutboxInUse,
+        OutboxLocked as OutboxLocked,
+        OutboxMissing as OutboxMissing,
+        OutboxTooNew as OutboxTooNew,
+        PayloadError as PayloadError,
+        ProtocolError as ProtocolError,
+        Rejected as Rejected,
+        StorageFailed as StorageFailed,
+        Undelivered as Undelivered,
+    )
+    from durablews.lifecycle import State as State
+    from durablews.outbox import Counts as Counts, Outbox as Outbox, Receipt as Receipt
+    from durablews.receiver import Receiver as Receiver
 
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
+    "Client": "client",
+    "Stats": "client",
+    "connect": "client",
+    "Settings": "config",
+    "ConfigError": "errors",
+    "Dropped": "errors",
     "DurablewsError": "errors",
+    "Expired": "errors",
+    "MessageTooLarge": "errors",
+    "NotAnOutbox": "errors",
+    "OutboxClosed": "errors",
+    "OutboxError": "errors",
+    "OutboxFull": "errors",
+    "OutboxInUse": "errors",
+    "OutboxLocked": "errors",
+    "OutboxMissing": "errors",
+    "OutboxTooNew": "errors",
+    "PayloadError": "errors",
+    "ProtocolError": "errors",
+    "Rejected": "errors",
+    "StorageFailed": "errors",
+    "Undelivered": "errors",
+    "State": "lifecycle",
+    "Counts": "outbox",
+    "Outbox": "outbox",
+    "Receipt": "outbox",
+    "Receiver": "receiver",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -6,9 +6,6 @@ from collections.abc import Callable
 
 __all__ = ["Backoff"]
 
-# Above this the doubling has long passed every sensible max_delay, and a float would overflow at 1024.
-_LARGEST_EXPONENT = 64
-
 
 class Backoff:
     """The delays of one link: ``min(base * factor ** attempt, max)``, jittered.
@@ -41,7 +38,10 @@ class Backoff:
 
     def next_delay(self) -> float:
         """Return the seconds to wait before the next try, and count it."""
-        window = min(self.base_delay * self.factor ** min(self.attempt, _LARGEST_EXPONENT), self.max_delay)
+        try:
+            window = min(self.base_delay * float(self.factor) ** self.attempt, self.max_delay)
+        except OverflowError:  # from 2.0 ** 1024 on
+            window = self.max_delay
         self.attempt += 1
         return self._jittered(window)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,11 @@ __all__ = [
     "open_outbox",
     "prepare",
     "require_file",
+    "set_synchronous",
     "storage_errors",
     "uri",
     "wal_bytes",
+    "wal_stamp",
 ]
 
 #: Seconds that a write waits for another program's transaction.
@@ -49,7 +52,7 @@ SYNCHRONOUS = {"power": 2, "process": 1}  # FULL, NORMAL
 
 def uri(path: str, mode: str) -> str:
     """Return the URI of a database file; a path with ``?``, ``#`` or ``%`` in it stays one path."""
-    return f"{Path(path).resolve().as_uri()}?mode={mode}"
+    return f"{Path(os.path.realpath(path)).as_uri()}?mode={mode}"
 
 
 def require_file(path: str) -> None:
@@ -65,8 +68,9 @@ def require_file(path: str) -> None:
         raise OutboxMissing(path, "there is no such outbox") from None
     except OSError as exc:
         raise OutboxMissing(path, f"cannot be reached: {exc.strerror}") from exc
-    if os.path.isdir(path):
-        raise NotAnOutbox(path, "a folder, not an outbox")
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
+        raise NotAnOutbox(path, f"{what}, not an outbox")
     if status.st_size == 0 and not wal_bytes(path):
         # SQLite takes an empty file for an empty database: an outbox that was truncated would start anew in silence.
         raise NotAnOutbox(path, "an empty file, not an outbox; if nothing was lost in it, remove it to start a new one")
@@ -80,6 +84,15 @@ def wal_bytes(path: str) -> int:
         return 0
 
 
+def wal_stamp(path: str) -> tuple[int, int]:
+    """Return what changes when anyone commits: time (ns) and size of the write-ahead log; zeros when there is none."""
+    try:
+        status = os.stat(f"{path}-wal")
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 def create(path: str) -> None:
     """Create an outbox at `path` unless something is there already.
 
@@ -88,8 +101,8 @@ def create(path: str) -> None:
     """
     if os.path.lexists(path) and (os.path.exists(path) or not os.path.islink(path)):
         return
-    final = Path(path).resolve()
-    if not final.parent.is_dir():
+    final = Path(os.path.realpath(path))
+    if not os.path.isdir(final.parent):
         raise OutboxMissing(path, f"the folder {final.parent} does not exist")
     made = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -110,7 +123,9 @@ def create(path: str) -> None:
                 _expect(connection, path, "journal_mode = WAL", "wal")
             finally:
                 connection.close()
-            _publish(made, final)
+        _publish(made, final)
+    except OSError as exc:
+        raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     finally:
         made.unlink(missing_ok=True)
 

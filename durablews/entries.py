@@ -7,8 +7,7 @@ foreign INSERT obeys the same caps through the view `durablews_outbox` (migratio
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -82,8 +81,13 @@ def outbox_time(connection: sqlite3.Connection, clock: Clock) -> int:
     now = clock.boot()
     if boot == clock.boot_id:
         return int(saved + max(0, now - boot_clock))
-    connection.execute("UPDATE durablews_meta SET boot = ?, boot_clock = ?", (clock.boot_id, now))
-    return int(saved)
+    # What was stored last before the power went shows that the clock had come at least so far.
+    newest = connection.execute(
+        "SELECT born FROM durablews_entries WHERE born IS NOT NULL ORDER BY seq DESC LIMIT 1"
+    ).fetchone()
+    reading = max(saved, newest[0] if newest else 0)
+    connection.execute("UPDATE durablews_meta SET clock = ?, boot = ?, boot_clock = ?", (reading, clock.boot_id, now))
+    return int(reading)
 
 
 def last_sequence(connection: sqlite3.Connection) -> int:
@@ -134,36 +138,53 @@ def _enqueue_one(
     wall: int,
 ) -> list[int | Gap] | DurablewsError:
     known = _known_ids(connection, request)
-    # An id that stands twice in one request is one message.
-    first_of = {draft.id: draft for draft in reversed(request) if draft.id is not None}
-    fresh = [d for d in request if d.id is None or (d.id not in known and first_of[d.id] is d)]
+    fresh: list[Draft] = []
+    places: list[int | None] = []
+    asked = set(known)
+    for draft in request:
+        # An id that stands twice in one request is one message.
+        places.append(None if draft.id in asked else len(fresh))
+        if draft.id not in asked:
+            fresh.append(draft)
+        if draft.id is not None:
+            asked.add(draft.id)
     for draft in fresh:
         if draft.bytes > caps.max_bytes:
             return MessageTooLarge(
                 path,
                 f"a message of {draft.bytes} bytes is larger than the cap of {caps.max_bytes} bytes; it was not stored",
             )
-    dropped = 0
     if not _reserve(connection, fresh):
         if caps.overflow == "drop_new":
-            while fresh and not _reserve(connection, fresh):
-                fresh.pop()
-                dropped += 1
-            connection.execute("UPDATE durablews_totals SET dropped_new = dropped_new + ?", (dropped,))
+            fitting = _fitting(connection, fresh, caps)
+            connection.execute("UPDATE durablews_totals SET dropped_new = dropped_new + ?", (len(fresh) - fitting,))
+            del fresh[fitting:]
+            _reserve(connection, fresh)
         elif caps.overflow == "reject" or not _make_room(connection, fresh, caps, claims, wall):
             return OutboxFull(path, _why_full(connection, caps, fresh))
     first = _insert(connection, fresh, born, wall) if fresh else 0
-    given = {id(draft): first + offset for offset, draft in enumerate(fresh)}
-    for draft in fresh:
-        if draft.id is not None:
-            known[draft.id] = given[id(draft)]
-            connection.execute("INSERT INTO durablews_ids (id, seq) VALUES (?, ?)", (draft.id, known[draft.id]))
-    if any(draft.id is not None for draft in fresh):
-        _forget_old_ids(connection)
+    named = {draft.id: first + offset for offset, draft in enumerate(fresh) if draft.id is not None}
+    if named:
+        _remember_ids(connection, named)
+        known |= named
     return [
-        known[draft.id] if draft.id is not None and draft.id in known else given.get(id(draft), Gap())
-        for draft in request
+        known[draft.id]
+        if draft.id is not None and draft.id in known
+        else Gap()
+        if place is None or place >= len(fresh)
+        else first + place
+        for draft, place in zip(request, places, strict=True)
     ]
+
+
+def _fitting(connection: sqlite3.Connection, drafts: Sequence[Draft], caps: Caps) -> int:
+    """Return how many of the drafts, from the first on, the caps have room for."""
+    waiting, size = connection.execute("SELECT messages, bytes FROM durablews_totals").fetchone()
+    for count, draft in enumerate(drafts):
+        size += draft.bytes
+        if waiting + count + 1 > caps.max_messages or size > caps.max_bytes:
+            return count
+    return len(drafts)
 
 
 def _reserve(connection: sqlite3.Connection, drafts: Sequence[Draft]) -> bool:
@@ -248,8 +269,18 @@ def _known_ids(connection: sqlite3.Connection, request: Sequence[Draft]) -> dict
     return known
 
 
-def _forget_old_ids(connection: sqlite3.Connection) -> None:
-    """Forget ids of entries that have left, but for the newest ten thousand ids."""
+def _remember_ids(connection: sqlite3.Connection, named: Mapping[str, int]) -> None:
+    """Remember ids, and now and then forget those of entries that have left, but for the newest ten thousand ids.
+
+    To forget takes a look at each id of what waits, so it is done once for a number of new ids that grows with that.
+    """
+    newest, waiting = connection.execute(
+        "SELECT coalesce((SELECT max(seq) FROM durablews_ids), 0), messages + dead_messages FROM durablews_totals"
+    ).fetchone()
+    connection.executemany("INSERT INTO durablews_ids (id, seq) VALUES (?, ?)", list(named.items()))
+    period = 1 << ((waiting + _REMEMBERED_IDS) // 8).bit_length()
+    if newest // period == max(named.values()) // period:
+        return
     connection.execute(
         "DELETE FROM durablews_ids WHERE seq < (SELECT seq FROM durablews_ids ORDER BY seq DESC LIMIT 1 OFFSET ?)"
         " AND NOT EXISTS (SELECT 1 FROM durablews_entries AS e WHERE e.seq = durablews_ids.seq)",
@@ -259,7 +290,7 @@ def _forget_old_ids(connection: sqlite3.Connection) -> None:
 
 _PEEK = """
 SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum
-FROM durablews_entries WHERE priority = ? AND seq > ? AND ack_state < 2 ORDER BY seq LIMIT ?"""
+FROM durablews_entries WHERE priority = ? AND seq > ? AND ack_state < 2 ORDER BY seq"""
 
 
 def peek(
@@ -273,12 +304,13 @@ def peek(
 ) -> tuple[list[Entry], list[tuple[int, str]]]:
     """Return the next entries in sending order: higher priority first, then by sequence.
 
-    Each priority is walked along its index from `after`; the cost does not depend on how much waits.
+    Each priority is walked along its index from `after`; neither time nor memory depends on how much waits, and no
+    payload is read beyond the first that is too many.
 
     Args:
         after: priority -> the last sequence that the caller has already.
         closed: priorities that the caller does not want now.
-        limit: at most so many entries.
+        limit: at most so many rows, those that must not be sent among them.
         max_bytes: stop once the entries have so many bytes; at least one is returned.
         above: only priorities above this one.
 
@@ -298,48 +330,46 @@ def peek(
         priority = row[0]
         if priority in skipped:
             continue
-        for entry, fault in _rows(connection, priority, after.get(priority, 0), limit - len(entries)):
+        for entry, fault in _rows(connection, priority, after.get(priority, 0)):
             if fault is not None:
                 unfit.append((entry.seq, fault))
-                continue
-            if entries and size + entry.bytes > max_bytes:
+            elif entries and size + entry.bytes > max_bytes:
                 return entries, unfit
-            entries.append(entry)
-            size += entry.bytes
+            else:
+                entries.append(entry)
+                size += entry.bytes
+            if len(entries) + len(unfit) >= limit:
+                return entries, unfit
     return entries, unfit
 
 
-def _rows(connection: sqlite3.Connection, priority: int, after: int, limit: int) -> Iterable[tuple[Entry, str | None]]:
-    try:
-        rows = connection.execute(_PEEK, (priority, after, limit)).fetchall()
-    except sqlite3.OperationalError as exc:
-        if "UTF-8" not in str(exc):
-            raise
-        rows = _rows_with_bad_text(connection, priority, after, limit)
-    for row in rows:
-        if any(value is _NOT_UTF8 for value in row):
-            yield Entry(row[0], row[1], "", None, None, row[5], row[6], row[7], row[8]), "not_utf8"
-        elif row[9] is not None and checksum(row[2]) != row[9]:
-            yield Entry(*row[:9]), "damaged"
-        else:
-            yield Entry(*row[:9]), None
-
-
-_NOT_UTF8 = object()
-
-
-def _rows_with_bad_text(connection: sqlite3.Connection, priority: int, after: int, limit: int) -> list[tuple[Any, ...]]:
-    """Read as `_PEEK` does where some text is not UTF-8, which SQLite does not check."""
-
-    def decode(text: bytes) -> object:
+def _rows(connection: sqlite3.Connection, priority: int, after: int) -> Iterator[tuple[Entry, str | None]]:
+    """Yield the rows of one priority as they are asked for, each with why it must not be sent, or None."""
+    while True:
+        cursor = connection.execute(_PEEK, (priority, after))
         try:
-            return text.decode()
-        except UnicodeDecodeError:
-            return _NOT_UTF8
+            for row in cursor:
+                after = row[0]
+                fault = "damaged" if row[9] is not None and checksum(row[2]) != row[9] else None
+                yield Entry(*row[:9]), fault
+            return
+        except sqlite3.OperationalError as exc:
+            if "UTF-8" not in str(exc):
+                raise
+        finally:
+            cursor.close()
+        entry, fault = _row_with_bad_text(connection, priority, after)
+        after = entry.seq
+        yield entry, fault
 
+
+def _row_with_bad_text(connection: sqlite3.Connection, priority: int, after: int) -> tuple[Entry, str]:
+    """Read the next row where some of its text is not UTF-8, which SQLite does not check."""
     factory = connection.text_factory
-    connection.text_factory = decode
+    connection.text_factory = bytes
     try:
-        return connection.execute(_PEEK, (priority, after, limit)).fetchall()
+        row = connection.execute(f"{_PEEK} LIMIT 1", (priority, after)).fetchone()
     finally:
         connection.text_factory = factory
+    # What has a checksum was valid when this library stored it.
+    return Entry(row[0], row[1], "", None, None, *row[5:9]), "not_utf8" if row[9] is None else "damaged"

@@ -107,12 +107,14 @@ def machine_id() -> str:
 def _renumber(connection: sqlite3.Connection) -> int:
     """Number everything from 1 in its order, and return the last. Happens once in a million openings."""
     number = 0
+    # What has left would be taken for whoever gets its number next.
+    connection.execute("DELETE FROM durablews_ids WHERE seq NOT IN (SELECT seq FROM durablews_entries)")
+    connection.execute("DELETE FROM durablews_departed")
     rows = connection.execute("SELECT seq FROM durablews_entries ORDER BY seq").fetchall()
     for number, (seq,) in enumerate(rows, start=1):
         # Ascending, and a new number is never above its old one: none is taken.
         connection.execute("UPDATE durablews_entries SET seq = ? WHERE seq = ?", (number, seq))
         connection.execute("UPDATE durablews_ids SET seq = ? WHERE seq = ?", (number, seq))
-    connection.execute("DELETE FROM durablews_ids WHERE seq > ?", (number,))
     return number
 
 

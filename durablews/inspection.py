@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,19 +25,9 @@ from durablews.errors import NotAnOutbox, OutboxError, OutboxLocked, StorageFail
 from durablews.messages import Refusal
 from durablews.ownership import holder_of
 from durablews.schema import require_outbox, schema_of
+from durablews.snapshot import Departures, EntrySummary, Limits, Link, Snapshot
 
-__all__ = [
-    "Departures",
-    "EntrySummary",
-    "Limits",
-    "Link",
-    "Snapshot",
-    "Which",
-    "inspect",
-    "stream_entries",
-    "summarize",
-    "to_json",
-]
+__all__ = ["inspect", "stream_entries", "summarize"]
 
 T = TypeVar("T")
 
@@ -45,9 +36,6 @@ _STATES = ("pending", "unanswered", "refused", "aside")
 _PAGE = 2000
 _PAGE_BYTES = 4 * 1024 * 1024
 _LAST_PRIORITY = 101
-
-# JSON strings may hold these as they are, and terminals obey some of them or show text in another order by them.
-_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 # Both read along an index, one priority at a time: the cost does not depend on how much waits.
 _WAITING = "ack_state < 2"
@@ -58,101 +46,15 @@ _DEAD = "ack_state > 0 AND ack_state = 2"
 _COLUMNS = "seq, priority, topic, created_at, born, bytes, transmissions, ack_state, refusal"
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The caps of the outbox. `max_age` is in seconds, or None."""
+class _Which(msgspec.Struct, frozen=True, kw_only=True):
+    """Which entries to show, as `inspect` was asked."""
 
-    max_messages: int
-    max_bytes: int
-    max_age: float | None
-    overflow: str
-
-
-class Departures(msgspec.Struct, frozen=True, kw_only=True):
-    """How many have left by which reason, ever; `dead_dropped` are dead letters over their own cap."""
-
-    acked: int
-    refused: int
-    expired: int
-    expired_unanswered: int
-    dropped: int
-    dropped_unanswered: int
-    dropped_new: int
-    dead_dropped: int
-
-
-class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """How the drainer's link stood when that last changed. `since` and `next_attempt` are milliseconds UTC."""
-
-    state: str
-    since: int | None
-    reason: str | None
-    next_attempt: int | None
-    blocked: str | None
-
-
-class EntrySummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry. `created_at` is in milliseconds UTC, `age` in seconds; None until a drainer has seen it.
-
-    `payload` is JSON: the message itself, ``{"base64": …}`` for bytes, ``{"text": …}`` for text that is not JSON.
-    """
-
-    seq: int
-    priority: int
+    limit: int
     topic: str | None
-    created_at: int
-    age: float | None
-    bytes: int
-    transmissions: int
-    state: str
-    refusal: Refusal | msgspec.UnsetType = msgspec.UNSET
-    payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """An outbox as it was at one moment. Ages are in seconds on the outbox clock, sizes in bytes.
-
-    Attributes:
-        owner: who drains it now, or None.
-        oldest_age: of the lowest sequence that waits; None when nothing waits or no drainer has seen it yet.
-        departed: counts by reason since the outbox was made.
-        file_bytes: the database and its log.
-    """
-
-    outbox: str
-    schema: int
-    stream: str
-    owner: str | None
-    pending: int
-    pending_bytes: int
-    caps: Limits
-    oldest_age: float | None
-    dead: int
-    departed: Departures
-    enqueued: int
-    redelivered: int
-    file_bytes: int
-    link: Link
-    entries: list[EntrySummary]
-
-
-class Which(msgspec.Struct, frozen=True, kw_only=True):
-    """Which entries to show.
-
-    Attributes:
-        limit: at most so many; 0 for all.
-        topic: only those of this topic. There is no index for it: everything is read until `limit` are found.
-        priority: only those of this priority.
-        dead: dead letters, oldest first, instead of what waits in sending order.
-        payload: with their payload.
-        seq: this entry alone.
-    """
-
-    limit: int = 20
-    topic: str | None = None
-    priority: int | None = None
-    dead: bool = False
-    payload: bool = False
-    seq: int | None = None
+    priority: int | None
+    dead: bool
+    payload: bool
+    seq: int | None
 
 
 class _Place(msgspec.Struct, frozen=True):
@@ -176,13 +78,20 @@ def inspect(
 ) -> Snapshot:
     """Return what an outbox holds, in sending order, all of it from one moment.
 
-    Works beside a running drainer and never waits for a writer. See `Which` for the arguments; with ``limit=0`` every
-    entry is held in memory (`stream_entries` does not).
+    Works beside a running drainer and never waits for a writer.
+
+    Args:
+        limit: at most so many entries; 0 for all, which holds all of them in memory (`stream_entries` does not).
+        topic: only those of this topic. There is no index for it: everything is read until `limit` are found.
+        priority: only those of this priority.
+        dead: dead letters, oldest first, instead of what waits.
+        payload: with their payload.
+        seq: this entry alone.
 
     Raises:
         OutboxMissing, NotAnOutbox, OutboxTooNew, OutboxLocked, StorageFailed: it cannot be read; nothing was touched.
     """
-    which = Which(limit=limit, topic=topic, priority=priority, dead=dead, payload=payload, seq=seq)
+    which = _Which(limit=limit, topic=topic, priority=priority, dead=dead, payload=payload, seq=seq)
     clock = clock or SystemClock()
 
     def look(connection: sqlite3.Connection) -> Snapshot:
@@ -197,40 +106,46 @@ def summarize(path: str, *, clock: Clock | None = None) -> Snapshot:
     return _look(path, lambda connection: _summary(connection, path, clock or SystemClock()))
 
 
-def stream_entries(path: str, which: Which, *, clock: Clock | None = None) -> Iterator[EntrySummary]:
+def stream_entries(
+    path: str,
+    *,
+    limit: int = 0,
+    topic: str | None = None,
+    priority: int | None = None,
+    dead: bool = False,
+    payload: bool = False,
+    clock: Clock | None = None,
+) -> Iterator[EntrySummary]:
     """Yield entries as `inspect` lists them, in bounded memory and without holding the file's state.
 
-    It looks again every few thousand entries: what left or came in between is missing or may be. Raises as `inspect`.
+    It looks again every few thousand entries: what came or left meanwhile may be in it or not. Raises as `inspect`.
     """
     clock = clock or SystemClock()
     place: _Place | None = None
-    left = which.limit or -1
-    while True:
-
-        def look(connection: sqlite3.Connection, place: _Place | None = place) -> tuple[list[EntrySummary], int]:
-            page: list[EntrySummary] = []
-            size = 0
-            for entry in _walk(connection, which, clock, place):
-                page.append(entry)
-                size += entry.bytes if which.payload else 0
-                if len(page) in (_PAGE, left) or size >= _PAGE_BYTES:
-                    break
-            return page, size
-
-        page, size = _look(path, look)
+    left = limit or sys.maxsize
+    while left:
+        which = _Which(limit=min(left, _PAGE), topic=topic, priority=priority, dead=dead, payload=payload, seq=None)
+        page, ended = _look(path, partial(_page, which=which, clock=clock, place=place))
         yield from page
-        left -= len(page)
-        if not left or which.seq is not None or (len(page) < _PAGE and size < _PAGE_BYTES):
+        if ended:
             return
+        left -= len(page)
         last = page[-1]
-        where = {"refused": _DEAD, "aside": _ASIDE}.get(last.state, _WAITING)
-        place = _Place(where, last.priority, last.seq)
+        place = _Place(_ASIDE if last.state == "aside" else _WAITING, last.priority, last.seq)
 
 
-def to_json(value: Snapshot | EntrySummary) -> bytes:
-    """Return one line of JSON without the characters that a terminal would obey."""
-    text = msgspec.json.encode(value).decode()
-    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
+def _page(
+    connection: sqlite3.Connection, *, which: _Which, clock: Clock, place: _Place | None
+) -> tuple[list[EntrySummary], bool]:
+    """Return the entries that follow `place`, and whether they are the last."""
+    page: list[EntrySummary] = []
+    size = 0
+    for entry in _walk(connection, which, clock, place):
+        page.append(entry)
+        size += entry.bytes if which.payload else 0
+        if size >= _PAGE_BYTES:
+            return page, False
+    return page, len(page) < which.limit
 
 
 def _look(path: str, job: Callable[[sqlite3.Connection], T]) -> T:
@@ -332,7 +247,8 @@ def _summary(connection: sqlite3.Connection, path: str, clock: Clock) -> Snapsho
     caps = read_caps(connection)
     owner = holder_of(path)
     return Snapshot(
-        outbox=str(path),
+        # A name that is not UTF-8 cannot stand in JSON.
+        outbox=os.fsencode(path).decode(errors="replace"),
         schema=schema_of(connection),
         stream=connection.execute("SELECT stream FROM durablews_meta").fetchone()[0],
         owner=owner,
@@ -365,7 +281,13 @@ def _summary(connection: sqlite3.Connection, path: str, clock: Clock) -> Snapsho
 def _now(connection: sqlite3.Connection, clock: Clock) -> int:
     """Return the outbox clock as `entries.outbox_time` would, without writing where this boot's clock stood."""
     saved, boot, boot_clock = connection.execute("SELECT clock, boot, boot_clock FROM durablews_meta").fetchone()
-    return int(saved + max(0, clock.boot() - boot_clock)) if boot == clock.boot_id else int(saved)
+    if boot == clock.boot_id:
+        return int(saved + max(0, clock.boot() - boot_clock))
+    # Nobody has written since the machine started. What came last shows how far the clock had come before.
+    newest = connection.execute(
+        "SELECT max(born) FROM (SELECT born FROM durablews_entries ORDER BY seq DESC LIMIT 100)"
+    ).fetchone()
+    return max(int(saved), newest[0] or 0)
 
 
 def _oldest_age(connection: sqlite3.Connection, now: int) -> float | None:
@@ -395,7 +317,7 @@ def _priorities(connection: sqlite3.Connection, where: str, below: int = _LAST_P
 
 
 def _walk(
-    connection: sqlite3.Connection, which: Which, clock: Clock, place: _Place | None = None
+    connection: sqlite3.Connection, which: _Which, clock: Clock, place: _Place | None = None
 ) -> Iterator[EntrySummary]:
     """Yield the entries that follow `place`, at most `which.limit`."""
     now = _now(connection, clock)
@@ -407,8 +329,8 @@ def _walk(
 
 
 def _rows(
-    connection: sqlite3.Connection, which: Which, columns: str, place: _Place | None
-) -> Iterator[tuple[object, ...]]:
+    connection: sqlite3.Connection, which: _Which, columns: str, place: _Place | None
+) -> Iterator[tuple[Any, ...]]:
     if which.seq is not None:
         yield from connection.execute(f"SELECT {columns} FROM durablews_entries WHERE seq = ?", (which.seq,))
         return
@@ -440,22 +362,19 @@ def _rows(
             )
 
 
-def _entry(row: tuple[object, ...], now: int) -> EntrySummary:
+def _entry(row: tuple[Any, ...], now: int) -> EntrySummary:
     seq, priority, topic, created_at, born, size, transmissions, ack_state, refusal, *payload = row
-    return msgspec.convert(
-        {
-            "seq": seq,
-            "priority": priority,
-            "topic": topic,
-            "created_at": created_at,
-            "age": _age(now, born),
-            "bytes": size,
-            "transmissions": transmissions,
-            "state": _STATES[ack_state],
-        }
-        | ({"refusal": _refusal(str(refusal))} if refusal is not None else {})
-        | ({"payload": _payload(payload[0])} if payload else {}),
-        EntrySummary,
+    return EntrySummary(
+        seq=seq,
+        priority=priority,
+        topic=topic,
+        created_at=created_at,
+        age=_age(now, born),
+        bytes=size,
+        transmissions=transmissions,
+        state=_STATES[ack_state],
+        refusal=msgspec.UNSET if refusal is None else _refusal(refusal),
+        payload=_payload(payload[0]) if payload else msgspec.UNSET,
     )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiosqlite
+if TYPE_CHECKING:
+    import aiosqlite  # it brings asyncio, and `durablews send` needs only `transaction`
 
 __all__ = ["JobConnection", "UncertainCommit", "run_job", "transaction"]
 

@@ -164,9 +164,9 @@ def draft(
     kept = None
     if topic is not None:
         size += len(_text("topic", topic))
-    if headers:
+    if headers is not None:
         kept = _headers(headers)
-        size += len(kept.encode())
+        size += len(kept.encode()) if kept else 0
     if ttl is not None and not (isinstance(ttl, int | float) and 0.001 <= ttl <= 1e11 and math.isfinite(ttl)):
         raise PayloadError(f"ttl must be a number of seconds from 0.001, not {ttl!r}")
     if id is not None:
@@ -192,7 +192,11 @@ def _text(what: str, value: object) -> bytes:
         raise PayloadError(f"{what} {value!r} is not valid Unicode: {exc.reason}") from exc
 
 
-def _headers(headers: Mapping[str, str]) -> str:
+def _headers(headers: Mapping[str, str]) -> str | None:
+    if not isinstance(headers, Mapping):
+        raise PayloadError(f"headers must be a mapping of strings to strings, not {type(headers).__name__}")
+    if not headers:
+        return None
     try:
         return _encoder.encode(msgspec.convert(dict(headers), dict[str, str])).decode()
     except (TypeError, ValueError) as exc:

@@ -28,6 +28,10 @@ from durablews.storage import Storage
 __all__ = ["Counts", "Outbox", "Receipt", "read_counts"]
 
 
+# Bytes of log above which one who only writes looks whether it may tidy up.
+_LARGEST_LOG = 8 * 1024 * 1024
+
+
 class _News:
     """Someone waits for what becomes of one message."""
 
@@ -112,7 +116,8 @@ class Outbox:
         caps: CapsConfig | Mapping[str, Any] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.path = os.fspath(path)
+        # Real, because SQLite puts the log beside the real file, and because a program may change its folder.
+        self.path = os.path.realpath(path)
         self.clock: Clock = clock or SystemClock()
         self.stream = ""
         self._caps = read_settings(caps, CapsConfig, "caps").explicit()
@@ -239,7 +244,7 @@ class Outbox:
                 news.future.set_result(None)
 
     def _stored(self) -> None:
-        if database.wal_bytes(self.path) > upkeep.LARGEST_LOG:
+        if database.wal_bytes(self.path) > _LARGEST_LOG:
             self.storage.read(lambda connection: upkeep.checkpoint_if_alone(connection, self.path))
 
     def _check_process(self) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -21,13 +23,23 @@ else:
 __all__ = ["Ownership", "holder_of", "lock_path"]
 
 _held: dict[str, str] = {}  # resolved lock path -> who, in this process
+# To close any descriptor of the lock file drops the lock, also one that another thread has just taken.
+_guard = threading.Lock()
+
+
+def _forget() -> None:
+    global _guard
+    _held.clear()
+    _guard = threading.Lock()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_held.clear)
+    os.register_at_fork(after_in_child=_forget)
 
 
 def lock_path(outbox: str | os.PathLike[str]) -> Path:
     """Return the lock file of an outbox: ``agent.db-lock`` beside ``agent.db``."""
-    resolved = Path(outbox).resolve()
+    resolved = Path(os.path.realpath(outbox))
     return resolved.with_name(resolved.name + "-lock")
 
 
@@ -43,8 +55,12 @@ class Ownership:
         """Take the right and return None, or return who has it. Never waits.
 
         Raises:
-            OSError: the lock file cannot be written.
+            OSError: the lock file cannot be opened.
         """
+        with _guard:
+            return self._acquire()
+
+    def _acquire(self) -> str | None:
         key = str(self._path)
         if key in _held:
             return _held[key]
@@ -53,9 +69,10 @@ class Ownership:
             if not _lock(descriptor):
                 return _read(descriptor)
             who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            os.write(descriptor, who.encode())
+            with suppress(OSError):  # a full disk takes no name, and must be drained all the same
+                os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, who.encode())
             _held[key] = who
             self._descriptor, descriptor = descriptor, -1
             return None
@@ -67,24 +84,26 @@ class Ownership:
         """Give the right back. In a forked child this does nothing: the right stayed with the parent."""
         if self._descriptor is None or os.getpid() != self._pid:
             return
-        _held.pop(str(self._path), None)
-        os.close(self._descriptor)
-        self._descriptor = None
+        with _guard:
+            os.close(self._descriptor)
+            self._descriptor = None
+            _held.pop(str(self._path), None)
 
 
 def holder_of(outbox: str | os.PathLike[str]) -> str | None:
     """Return who drains an outbox now, or None. Takes nothing, creates nothing."""
     path = lock_path(outbox)
-    if str(path) in _held:
-        return _held[str(path)]
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError:
-        return None
-    try:
-        return None if _lock(descriptor, shared=True) else _read(descriptor)
-    finally:
-        os.close(descriptor)
+    with _guard:
+        if str(path) in _held:
+            return _held[str(path)]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError:
+            return None
+        try:
+            return None if _lock(descriptor, shared=True) else _read(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _read(descriptor: int) -> str:

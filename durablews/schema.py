@@ -46,12 +46,12 @@ def split_statements(script: str) -> list[str]:
     Not `executescript`: that commits whatever transaction is open before it begins.
     """
     statements, pending = [], ""
-    for line in script.splitlines(keepends=True):
-        pending += line
-        if line.rstrip().endswith(";") and sqlite3.complete_statement(pending):
+    for piece in re.split(r"(?<=;)", script):
+        pending += piece
+        if sqlite3.complete_statement(pending):
             statements.append(pending.strip())
             pending = ""
-    if pending.strip():
+    if pending.strip():  # comments at the end, or a last statement without its semicolon
         statements.append(pending.strip())
     return statements
 

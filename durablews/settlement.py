@@ -17,6 +17,7 @@ from durablews.messages import Refusal
 __all__ = [
     "Run",
     "expire",
+    "is_due",
     "mark_first_as_sent",
     "mark_unanswered",
     "refuse",
@@ -25,6 +26,7 @@ __all__ = [
     "set_aside",
     "settle",
     "stamp_unseen",
+    "take_back",
 ]
 
 # Dead letters have caps of their own and never take room from what waits (DESIGN section 5).
@@ -32,6 +34,8 @@ _MAX_DEAD_MESSAGES = 10_000
 _MAX_DEAD_BYTES = 64 * 1024 * 1024
 # One expiry statement takes so many rows: the write lock is not held for a backlog of millions.
 _EXPIRY_PAGE = 5_000
+# ms: while the age of something matters, so much of it at most is forgotten by a power cut.
+_CLOCK_SAVED_EVERY = 60_000
 
 
 # A ttl is found through its index. The age cap takes rows from the lowest sequence on while none of them is younger:
@@ -41,7 +45,7 @@ DELETE FROM durablews_entries WHERE seq IN (
     SELECT seq FROM durablews_entries WHERE ttl IS NOT NULL AND born + ttl <= :now AND ack_state <> 2
     UNION ALL
     SELECT seq FROM (
-        SELECT seq, max(born) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS youngest
+        SELECT seq, max(coalesce(born, :now)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS youngest
         FROM (SELECT seq, born FROM durablews_entries WHERE :oldest >= 0 AND ack_state <> 2 ORDER BY seq LIMIT :page))
     WHERE youngest <= :oldest
     LIMIT :page){free}
@@ -98,6 +102,15 @@ def mark_unanswered(connection: sqlite3.Connection, runs: Sequence[Run], wall: i
             (wall, run.priority, run.first, run.last),
         ).rowcount
         connection.execute("UPDATE durablews_totals SET redelivered = redelivered + ?", (marked,))
+
+
+def take_back(connection: sqlite3.Connection, run: Run, wall: int) -> None:
+    """Note that the server did not take these, sent once more, and that the first of them got the nack."""
+    connection.execute(
+        "UPDATE durablews_entries SET transmissions = transmissions + 1, sent_at = ?, nacks = nacks + (seq = ?)"
+        " WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2",
+        (wall, run.first, run.priority, run.first, run.last),
+    )
 
 
 def mark_first_as_sent(connection: sqlite3.Connection, window: int) -> None:
@@ -170,7 +183,7 @@ def requeue(connection: sqlite3.Connection, seq: int, wall: int, *, nacked: bool
         "INSERT INTO durablews_entries (priority, transmissions, nacks, sent_at, created_at, born, ttl, topic, headers,"
         " bytes, checksum, payload)"
         " SELECT priority, transmissions, nacks + ?, sent_at, created_at, born, ttl, topic, headers,"
-        " bytes, checksum, payload FROM durablews_entries WHERE seq = ?",
+        " bytes, checksum, payload FROM durablews_entries WHERE seq = ? AND ack_state <> 2",
         (int(nacked), seq),
     )
     if new.rowcount != 1:
@@ -219,6 +232,24 @@ def return_aside(
 def stamp_unseen(connection: sqlite3.Connection, now: int) -> None:
     """Start the age of rows that plain SQL inserted: the drainer sees them now."""
     connection.execute("UPDATE durablews_entries SET born = ? WHERE born IS NULL", (now,))
+
+
+def is_due(connection: sqlite3.Connection, now: int, max_age: int | None) -> bool:
+    """Tell cheaply whether `expire` would find something, or a later minute of the clock is worth writing down."""
+    ttl = connection.execute(
+        "SELECT 1 FROM durablews_entries WHERE ttl IS NOT NULL AND born + ttl <= ? AND ack_state <> 2 LIMIT 1", (now,)
+    ).fetchone()
+    if ttl:
+        return True
+    ages = "SELECT 1 FROM durablews_entries WHERE ttl IS NOT NULL LIMIT 1"
+    oldest = connection.execute(
+        "SELECT born FROM durablews_entries WHERE ack_state <> 2 ORDER BY seq LIMIT 1"
+    ).fetchone()
+    if max_age is not None and oldest and oldest[0] is not None and oldest[0] <= now - max_age:
+        return True
+    matters = (max_age is not None and oldest is not None) or connection.execute(ages).fetchone() is not None
+    saved = connection.execute("SELECT clock FROM durablews_meta").fetchone()[0]
+    return matters and now - saved >= _CLOCK_SAVED_EVERY
 
 
 def expire(connection: sqlite3.Connection, now: int, max_age: int | None, claims: Claims, wall: int) -> list[int]:

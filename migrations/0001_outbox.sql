@@ -174,12 +174,16 @@ CREATE TRIGGER durablews_arrivals_insert INSTEAD OF INSERT ON durablews_arrivals
     SELECT RAISE(ABORT, 'durablews: the message is larger than the byte cap of this outbox')
     WHERE NEW.bytes > (SELECT max_bytes FROM durablews_caps);
 
+    -- A LIMIT of 0 ends a statement before it looks at its sources; a condition in WHERE would come after the view has
+    -- sorted a thousand rows, at a millisecond for each INSERT.
     INSERT INTO durablews_evicted (seq, ack_state, bytes)
-    SELECT e.seq, e.ack_state, e.bytes
-    FROM durablews_evictable AS e, durablews_totals AS t, durablews_caps AS c
-    WHERE c.overflow = 'drop_oldest'
-      AND (e.freed_messages - 1 < t.messages + 1 - c.max_messages OR e.freed_bytes - e.bytes < t.bytes + NEW.bytes - c.max_bytes)
-      AND (t.messages + 1 > c.max_messages OR t.bytes + NEW.bytes > c.max_bytes);
+    SELECT seq, ack_state, bytes FROM durablews_entries WHERE seq IN (
+        SELECT e.seq FROM durablews_evictable AS e, durablews_totals AS t, durablews_caps AS c
+        WHERE e.freed_messages - 1 < t.messages + 1 - c.max_messages
+           OR e.freed_bytes - e.bytes < t.bytes + NEW.bytes - c.max_bytes)
+    LIMIT (SELECT 1000 * (c.overflow = 'drop_oldest'
+                          AND (t.messages + 1 > c.max_messages OR t.bytes + NEW.bytes > c.max_bytes))
+           FROM durablews_totals AS t, durablews_caps AS c);
     UPDATE durablews_totals SET
         messages = messages - (SELECT count(*) FROM durablews_evicted),
         bytes = bytes - (SELECT coalesce(sum(bytes), 0) FROM durablews_evicted),

@@ -21,9 +21,9 @@ NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "misc", "shared", "util
 # Values in, values out: no files, no clock, no randomness, no threads. Every module may import these.
 PLAIN = frozenset(
     """
-    __future__ abc array base64 binascii bisect collections contextlib copy dataclasses decimal enum fractions
-    functools hashlib heapq hmac html io itertools json keyword logging math numbers operator re reprlib shlex string
-    struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
+    __future__ abc array base64 binascii bisect collections contextlib copy dataclasses decimal difflib email.utils
+    enum fractions functools hashlib heapq hmac html inspect io itertools json keyword logging math numbers operator re
+    reprlib shlex string struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
     """.split()
 )
 
@@ -58,23 +58,30 @@ HOUSE: dict[str, Room] = {
     "entries": Room(2, "msgspec sqlite3"),
     "database": Room(2, "system secrets sqlite3"),
     "wire.*": Room(2, "msgspec"),
+    "heartbeat": Room(2),
+    "events": Room(2, "asyncio msgspec"),
     "settlement": Room(3, "msgspec sqlite3"),
+    "snapshot": Room(3, "msgspec"),
     "identity": Room(4, "system sqlite3 winreg"),
-    "inspection": Room(4, "system sqlite3"),
+    "inspection": Room(4, "system msgspec sqlite3"),
     "storage": Room(4, "system aiosqlite asyncio sqlite3"),
-    "upkeep": Room(5, "msgspec sqlite3"),
-    "delivery.*": Room(5),
+    "upkeep": Room(5, "system sqlite3"),
+    "delivery.*": Room(5, "msgspec"),
     "outbox": Room(6, "system aiosqlite asyncio msgspec sqlite3"),
-    "manager": Room(7, "system asyncio random ssl websockets"),
-    "client": Room(8, "system asyncio"),
-    "receiver.ledger": Room(8, "msgspec sqlite3"),
-    "receiver.session": Room(8, "msgspec"),
-    "receiver.messages": Room(8, "msgspec"),
-    "receiver.exchange": Room(8, "msgspec secrets sqlite3"),
-    "receiver.*": Room(8, "system aiosqlite asyncio msgspec sqlite3"),
-    "cli.*": Room(9, "system argparse", in_functions="asyncio websockets"),
-    "__init__": Room(10, "importlib"),
-    "__main__": Room(10),
+    "dialling": Room(7, "system asyncio msgspec ssl websockets"),
+    "draining": Room(7, "system asyncio msgspec secrets sqlite3"),
+    "link": Room(8, "asyncio websockets"),
+    "manager": Room(9, "asyncio msgspec random secrets websockets"),
+    "client": Room(10, "system asyncio"),
+    "receiver.ledger": Room(10, "msgspec sqlite3"),
+    "receiver.session": Room(10, "msgspec"),
+    "receiver.messages": Room(10, "msgspec"),
+    "receiver.exchange": Room(10, "msgspec secrets sqlite3"),
+    "receiver.*": Room(10, "system aiosqlite asyncio msgspec sqlite3"),
+    "cli.send": Room(11, "system argparse sqlite3"),
+    "cli.*": Room(11, "system argparse", in_functions="asyncio websockets"),
+    "__init__": Room(12, "importlib"),
+    "__main__": Room(12),
 }
 
 
@@ -213,14 +220,15 @@ def test_no_two_modules_need_each_other() -> None:
     for module, path in MODULES.items():
         names = [found.name for found in imports_of(path.read_text(encoding="utf-8")) if not found.for_types_only]
         targets = {_module_in(name, MODULES) for name in names if name.startswith("durablews.")}
-        graph[module] = {target for target in targets if target is not None}
+        graph[module] = {target for target in targets if target not in (None, module)}
     assert cycle_in(graph) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_short_and_its_name_says_something(module: str) -> None:
     """A file has one subject: at most 400 lines, and a name that is not a drawer."""
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    length = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert length <= LONGEST_FILE
     assert NAMES_THAT_SAY_NOTHING.isdisjoint(module.split("."))
 
 
@@ -246,12 +254,12 @@ KNOWN = [
         ("errors", "from durablews import messages", "floor 0 imports durablews.messages from floor 1"),
         ("errors", "import durablews.messages as m", "floor 0 imports durablews.messages from floor 1"),
         ("errors", "from durablews import backoff", "floor 0 imports durablews.backoff from floor 0"),
-        ("wire.frames", "from durablews.manager import Manager", "floor 2 imports durablews.manager from floor 7"),
+        ("wire.frames", "from durablews.manager import Manager", "floor 2 imports durablews.manager from floor 9"),
         ("wire.frames", "from . import native", "a relative import"),
         (
             "messages",
             "if TYPE_CHECKING:\n    from durablews.client import Client",
-            "line 2: floor 1 imports durablews.client from floor 8",
+            "line 2: floor 1 imports durablews.client from floor 10",
         ),
         ("messages", "def f():\n    from durablews.client import Client", "floor 1 imports durablews.client"),
         ("client", "from durablews import connect", "durablews.connect is loaded lazily"),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from durablews.cli.formats import printable
+
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
 
@@ -77,9 +79,10 @@ async def _serve(args: argparse.Namespace) -> int:
     import asyncio
 
     from websockets.asyncio.server import serve
+    from websockets.typing import Subprotocol
 
     from durablews.receiver import SUBPROTOCOLS, Receiver, Store, select_subprotocol
-    from durablews.receiver.inbox import inbox_tables, keep
+    from durablews.receiver.inbox import inbox_tables, keeper
 
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -87,6 +90,7 @@ async def _serve(args: argparse.Namespace) -> int:
         if not ended.done():
             ended.set_result(code)
 
+    keep = keeper()
     async with Receiver(
         Store(args.store, prepare=inbox_tables(args.store)), window=args.window, max_bytes=args.max_bytes
     ) as receiver:
@@ -101,7 +105,7 @@ async def _serve(args: argparse.Namespace) -> int:
                 handle,
                 args.host,
                 args.port,
-                subprotocols=SUBPROTOCOLS,
+                subprotocols=[Subprotocol(name) for name in SUBPROTOCOLS],
                 select_subprotocol=select_subprotocol,
                 max_size=args.max_bytes,
                 compression=None,
@@ -131,7 +135,10 @@ def _signals(codes: Mapping[signal.Signals, int], end: Callable[[int], None]) ->
         yield
     finally:
         for number in codes:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+            try:
+                loop.remove_signal_handler(number)
+            except NotImplementedError:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class _Talk:
@@ -156,8 +163,8 @@ class _Talk:
 
 
 def _talk(line: str) -> None:
-    # Reasons come from the network: no control characters on somebody's terminal.
-    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)
+    # Close reasons come from the network: no control characters on somebody's terminal.
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _address(host: str, port: int) -> str:

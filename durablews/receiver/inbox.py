@@ -7,15 +7,15 @@ not read, trim or interpret them.
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Sequence
 
+from durablews.clock import Clock, SystemClock
 from durablews.errors import NotAnOutbox
+from durablews.receiver.exchange import ApplyFrame
 from durablews.receiver.ledger import installed_schema
-from durablews.receiver.session import Refusal
 from durablews.wire.frames import Item
 
-__all__ = ["inbox_tables", "keep"]
+__all__ = ["inbox_tables", "keeper"]
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS durablews_inbox (
@@ -49,12 +49,13 @@ def inbox_tables(path: str) -> Callable[[sqlite3.Connection], None]:
     return prepare
 
 
-def keep(
-    connection: sqlite3.Connection, stream: str, priority: int, items: Sequence[Item]
-) -> tuple[int, Refusal] | None:
-    """Store a whole frame; nothing is refused. An `ApplyFrame`."""
-    now = time.time_ns() // 1_000_000
-    connection.executemany(
-        _INSERT, [(stream, priority, item.seq, item.meta.topic, item.payload, now) for item in items]
-    )
-    return None
+def keeper(*, clock: Clock | None = None) -> ApplyFrame:
+    """Return what stores a whole frame and refuses nothing; `clock` gives `received_at`."""
+    wall = (clock or SystemClock()).wall
+
+    def keep(connection: sqlite3.Connection, stream: str, priority: int, items: Sequence[Item]) -> None:
+        now = wall()
+        rows = [(stream, priority, item.seq, item.meta.topic, item.payload, now) for item in items]
+        connection.executemany(_INSERT, rows)
+
+    return keep

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, Final, Self
 
 from msgspec import Struct
 
+from durablews.clock import Clock, SystemClock
 from durablews.errors import ConfigError, PayloadError
 from durablews.messages import encode_payload
 from durablews.receiver import ledger
@@ -70,6 +70,7 @@ class Receiver:
         max_bytes: the largest frame that is accepted, at least 65 536 (PROTOCOL.md C5). Give it to the WebSocket server
             too (`max_size`), so that a larger one is refused before it is read (S7).
         hello_timeout: seconds in which a new connection must say hello (S7: 10).
+        clock: its `wall` says when a stream was last heard of; the machine's own unless given.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -82,6 +83,7 @@ class Receiver:
         window: int = 1024,
         max_bytes: int = 1024 * 1024,
         hello_timeout: float = _HELLO_TIMEOUT,
+        clock: Clock | None = None,
     ) -> None:
         if not 0 <= window < 2**53:
             raise ConfigError(f"window must be 0 or more messages, not {window}")
@@ -91,6 +93,7 @@ class Receiver:
         self.max_bytes = max_bytes
         self._window = window
         self._hello_timeout = hello_timeout
+        self._clock = clock or SystemClock()
         self._links: dict[str, Link] = {}  # stream -> its newest connection in this process
         self._closings: set[asyncio.Task[None]] = set()
         self._opened_store = False
@@ -251,7 +254,7 @@ class Receiver:
         By this machine's clock: do not call it where that may be wrong.
         """
         async with self.store.lock:
-            return await self.store.run(lambda connection: ledger.forget(connection, now=time.time_ns() // 1_000_000))
+            return await self.store.run(lambda connection: ledger.forget(connection, now=self._clock.wall()))
 
     async def _link(self, websocket: WebSocket, owner: str | None) -> Link | None:
         subprotocol = websocket.subprotocol
@@ -260,7 +263,7 @@ class Receiver:
             await websocket.close(4400, "no durablews subprotocol was selected")
             return None
         session = Session(Codec(subprotocol), window=self._window, max_bytes=self.max_bytes)
-        return Link(websocket, Exchange(session, owner=owner), self._closings, self._hello_by())
+        return Link(websocket, Exchange(session, owner=owner, clock=self._clock), self._closings, self._hello_by())
 
     async def _frames(self, websocket: WebSocket, owner: str | None) -> AsyncGenerator[tuple[Link, Msgs], None]:
         """Do all that a connection asks for, except for its messages: these are yielded."""
@@ -316,6 +319,8 @@ class Receiver:
             await link.send(outcome.frames)
         if outcome.close is not None:
             link.close_soon(outcome.close)
+            # One turn of the loop: the close frame is out before a handler that ends now closes with another code.
+            await asyncio.sleep(0)
 
     def _register(self, link: Link, hello: Hello) -> None:
         """Make this the stream's connection and close the older one, without waiting (S6)."""

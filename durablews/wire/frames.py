@@ -106,7 +106,7 @@ class Nack(Struct, frozen=True, tag_field="t", tag="nack", omit_defaults=True):
     p: _Priority
     s: _Int
     final: bool = False
-    code: str = "busy"
+    code: str | UnsetType = UNSET
     reason: str | None = None
     retry: _Int | None = None
 

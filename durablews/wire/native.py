@@ -108,7 +108,7 @@ class _NativeWire:
         if isinstance(frame, Nack):
             # `final` decides, not the code; `retry` is for the others only.
             retry = None if frame.final else (_DEFAULT_RETRY_MS if frame.retry is None else frame.retry) / 1000
-            return [Nacked(frame.p, frame.s, frame.code, frame.final, retry, frame.reason)]
+            return [Nacked(frame.p, frame.s, frame.code or "busy", frame.final, retry, frame.reason)]
         if isinstance(frame, Push):
             return [Pushed(frame.payload)]
         if isinstance(frame, Flow):

@@ -1,0 +1,130 @@
+"""`durablews run`: drain an outbox to its server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "run",
+        help="keep a link to the server and deliver what waits in an outbox",
+        description="Keep a link to the server and deliver what waits, and what other processes add, until stopped. "
+        "SIGTERM drains for drain_timeout and stops. A flag counts more than a DURABLEWS_ variable, and that more than "
+        "CONFIG.",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML file with the settings")
+    parser.add_argument("--url", help="the server: ws:// or wss://")
+    parser.add_argument("--outbox", metavar="FILE", help="the outbox; created when there is none")
+    parser.add_argument("--until-empty", action="store_true", help="stop with exit code 0 once nothing waits any more")
+    parser.add_argument(
+        "--timeout",
+        metavar="DURATION",
+        help='with --until-empty: give up with exit code 4 after this long, such as "5m"',
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run until stopped, or until the outbox is empty."""
+    from durablews.config import load, merge, parse_duration, read_environment
+
+    timeout = parse_duration(args.timeout) if args.timeout is not None else None
+    flags = {name: value for name in ("url", "outbox") if (value := getattr(args, name)) is not None}
+    layers = merge(load(args.config) if args.config else {}, read_environment(os.environ), flags)
+
+    import asyncio
+
+    return asyncio.run(_run(layers, until_empty=args.until_empty, timeout=timeout))
+
+
+async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | None) -> int:
+    import asyncio
+    import signal
+
+    import durablews
+
+    stopped = asyncio.Event()
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        stopped.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    async with durablews.connect(config=layers) as client:
+        talk = asyncio.create_task(_talk(client))
+        waits = {asyncio.create_task(stopped.wait())}
+        if until_empty:
+            waits.add(asyncio.create_task(_empty(client, timeout)))
+        else:
+            waits.add(asyncio.create_task(_exhausted(client)))
+        done, left = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*left, talk):
+            task.cancel()
+        await asyncio.gather(*left, talk, return_exceptions=True)
+        if stopped.is_set():
+            return 130 if received[0] == signal.SIGINT else 0
+        emptied = bool(done.pop().result())
+        if not emptied:
+            counts = await client.stats()
+            print(f"durablews: gave up with {counts.pending} waiting: {client.reason or counts.state}", file=sys.stderr)
+            await client.close(drain=False)
+        return 0 if emptied else 4
+
+
+async def _empty(client: Any, timeout: float | None) -> bool:
+    """Wait until the outbox is empty; False when time or the retries are up."""
+    import asyncio
+
+    flushed = asyncio.create_task(client.flush(timeout))
+    exhausted = asyncio.create_task(_exhausted(client))
+    try:
+        await asyncio.wait({flushed, exhausted}, return_when=asyncio.FIRST_COMPLETED)
+        return flushed.done() and flushed.result()
+    finally:
+        flushed.cancel()
+        exhausted.cancel()
+        await asyncio.gather(flushed, exhausted, return_exceptions=True)
+
+
+async def _exhausted(client: Any) -> bool:
+    """Return False once the client has given up, which only `max_retries` lets it."""
+    from durablews.events import Exhausted
+
+    async for event in client.events():
+        if isinstance(event, Exhausted):
+            return False
+    return False
+
+
+async def _talk(client: Any) -> None:
+    """Tell a person on standard error what changes, once each."""
+    from durablews.events import Connected, Departed, Disconnected, Exhausted, Failed, Refused
+
+    last = ""
+    async for event in client.events():
+        line = ""
+        if isinstance(event, Connected):
+            line = f"connected to {event.url}"
+        elif isinstance(event, Disconnected):
+            line = f"disconnected: {event.code} {event.reason}"
+        elif isinstance(event, Failed):
+            line = event.reason
+        elif isinstance(event, Refused):
+            line = f"message {event.seq} was refused: {event.code}"
+        elif isinstance(event, Departed):
+            line = f"{event.messages} {event.reason.replace('_', ' ')}"
+        elif isinstance(event, Exhausted):
+            line = f"gave up after {event.attempts} attempts; everything is kept"
+        if line and line != last:
+            print(f"durablews: {line}", file=sys.stderr, flush=True)
+            last = line

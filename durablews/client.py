@@ -1,0 +1,256 @@
+"""The facade: `connect` and the client it gives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from durablews.config import Settings, load, merge, read_settings
+from durablews.dialling import Endpoint, Provided, check_endpoint
+from durablews.draining import DrainedOutbox
+from durablews.errors import ConfigError, OutboxClosed
+from durablews.events import Event, EventLog
+from durablews.lifecycle import State
+from durablews.manager import ConnectionManager
+from durablews.messages import decode_payload
+from durablews.outbox import Counts, Receipt
+from durablews.wire.native import dialect_named
+
+__all__ = ["Client", "Stats", "connect"]
+
+# Pushes wait for the application in a buffer of so many messages or bytes; the oldest goes, counted.
+_MOST_PUSHES, _MOST_PUSH_BYTES = 1000, 1024 * 1024
+
+
+class Stats(Counts, frozen=True, kw_only=True):
+    """How a client is doing: the counts of its outbox, and its link.
+
+    `reason` says why the link is as it is, `blocked` what only the owner can mend, `trouble` what is wrong with the disk.
+    """
+
+    state: str
+    reason: str | None
+    blocked: str | None
+    trouble: str | None
+    connects: int
+    pushes_dropped: int
+    stray_answers: int
+
+
+def connect(
+    url: Provided = None,
+    outbox: str | os.PathLike[str] | None = None,
+    *,
+    config: str | Mapping[str, Any] | Settings | None = None,
+    dialect: str | None = None,
+    headers: Provided = None,
+    token: Provided = None,
+    **settings: Any,
+) -> Client:
+    """Return a client for ``async with``: it drains `outbox` to the server at `url` for as long as the block runs.
+
+    Never raises because of the network and never waits for it.
+
+    Args:
+        url: ``ws://`` or ``wss://``; or a callable that gives it, sync or async, asked on every attempt.
+        outbox: the file; created when there is none.
+        config: a TOML file, a mapping, or `Settings`; keywords count more.
+        dialect: what the server speaks; ``"durablews.v1"``.
+        headers: a mapping for the handshake, or a callable that gives one.
+        token: a bearer token, or a callable that gives one.
+        settings: any table or setting of `Settings`: ``heartbeat={"interval": 20}``, ``durability="process"``.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or out of its range.
+    """
+    layer = load(config) if isinstance(config, str) else merge({}, _fields(config))
+    given: dict[str, Any] = {"url": url if isinstance(url, str) else None, "dialect": dialect}
+    given["outbox"] = os.fspath(outbox) if outbox is not None else None
+    explicit = {name: value for name, value in given.items() if value is not None}
+    known = read_settings(merge(layer, settings, explicit), Settings, "")
+    address = url if callable(url) else known.url
+    if address is None:
+        raise ConfigError("url is missing")
+    if known.outbox is None:
+        raise ConfigError("outbox is missing: name the file that keeps the messages")
+    check_endpoint(address)
+    return Client(known, Endpoint(url=address, headers=headers, token=token))
+
+
+def _fields(config: Mapping[str, Any] | Settings | None) -> Mapping[str, Any] | None:
+    if isinstance(config, Settings):
+        return {name: getattr(config, name) for name in config.__struct_fields__}
+    return config
+
+
+class Client:
+    """A durable connection. Use it with ``async with``; iterate it for what the server pushes."""
+
+    def __init__(self, settings: Settings, endpoint: Endpoint) -> None:
+        assert settings.outbox is not None
+        self._settings = settings
+        self._outbox = DrainedOutbox(settings.outbox, durability=settings.durability, caps=settings.caps)
+        self._outbox.window = settings.delivery.window
+        self._events = EventLog()
+        self._endpoint = endpoint
+        self._dialect = dialect_named(settings.dialect)
+        self._manager: ConnectionManager | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._pushes: deque[str | bytes] = deque()
+        self._push_bytes = self._pushes_dropped = 0
+        self._pushed = asyncio.Event()
+        self._closed = False
+
+    async def __aenter__(self) -> Client:
+        if self._manager is not None:
+            raise OutboxClosed(self._outbox.path, "a client is used once; call connect again")
+        manager = ConnectionManager(
+            self._settings,
+            self._endpoint,
+            self._outbox,
+            self._dialect,
+            events=self._events,
+            on_push=self._push,
+        )
+        await self._outbox.open()
+        self._manager = manager
+        self._outbox.storage.on_stored = manager.stored
+        settled = self._outbox.storage.on_settled
+
+        def on_settled(runs: Any) -> None:
+            settled(runs)
+            manager.moved.set()
+
+        self._outbox.storage.on_settled = on_settled
+        self._running = asyncio.create_task(manager.run(), name=f"durablews {self._outbox.path}")
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close(drain=exc_type is None)
+
+    @property
+    def state(self) -> State:
+        """Where the link stands."""
+        return self._open().state
+
+    @property
+    def reason(self) -> str | None:
+        """Why the link is as it is, as a sentence."""
+        return self._open().reason
+
+    async def send(
+        self,
+        payload: Any,
+        *,
+        priority: int | str = "normal",
+        topic: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        ttl: float | None = None,
+        id: str | None = None,
+    ) -> Receipt:
+        """Store one message and return when it is on the medium; it is delivered when the link allows.
+
+        Arguments and errors are those of `Outbox.send`.
+        """
+        return await self._outbox.send(payload, priority=priority, topic=topic, headers=headers, ttl=ttl, id=id)
+
+    async def send_many(
+        self,
+        payloads: Iterable[Any],
+        *,
+        priority: int | str = "normal",
+        topic: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        ttl: float | None = None,
+    ) -> list[Receipt]:
+        """Store several messages in one transaction. Arguments and errors are those of `Outbox.send_many`."""
+        return await self._outbox.send_many(payloads, priority=priority, topic=topic, headers=headers, ttl=ttl)
+
+    async def flush(self, timeout: float | None = None) -> bool:
+        """Wait until the outbox is empty; return whether it is. `timeout` is in seconds; None: for as long as it takes."""
+        manager = self._open()
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    manager.moved.clear()
+                    if (await self._outbox.counts()).pending == 0:
+                        return True
+                    await manager.moved.wait()
+        except TimeoutError:
+            return False
+
+    async def stats(self) -> Stats:
+        """Return what waits, what has left, and how the link stands."""
+        manager, counts = self._open(), await self._outbox.counts()
+        return Stats(
+            **{name: getattr(counts, name) for name in counts.__struct_fields__},
+            state=manager.state.value,
+            reason=manager.reason,
+            blocked=manager.blocked,
+            trouble=self._outbox.storage.trouble,
+            connects=manager.connects,
+            pushes_dropped=self._pushes_dropped,
+            stray_answers=manager.stray_answers,
+        )
+
+    def wake(self) -> None:
+        """Dial now instead of waiting for the next try: the network is back."""
+        self._open().wake()
+
+    def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to this client from now on. Who does not read loses the oldest, never memory."""
+        return self._events.read()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Yield what the server pushes: JSON values, or bytes. Ends when the client is closed."""
+        while True:
+            while self._pushes:
+                payload = self._pushes.popleft()
+                self._push_bytes -= len(payload)
+                yield decode_payload(payload)
+            if self._closed:
+                return
+            self._pushed.clear()
+            await self._pushed.wait()
+
+    async def close(self, *, drain: bool = True) -> None:
+        """Wait up to `drain_timeout` for the outbox to empty, leave the rest on disk, and stop. Safe to call twice."""
+        if self._closed or self._manager is None or self._running is None:
+            return
+        try:
+            if drain and self._settings.delivery.drain_timeout > 0 and not self._running.done():
+                await self.flush(self._settings.delivery.drain_timeout)
+        finally:
+            self._closed = True
+            await asyncio.shield(self._stop(self._running))
+
+    async def _stop(self, running: asyncio.Task[None]) -> None:
+        assert self._manager is not None
+        await self._manager.leave()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        try:
+            await self._outbox.leave()
+        finally:
+            await self._outbox.close()
+            self._events.close()
+            self._pushed.set()
+
+    def _push(self, payload: str | bytes) -> None:
+        self._pushes.append(payload)
+        self._push_bytes += len(payload)
+        while len(self._pushes) > _MOST_PUSHES or (self._push_bytes > _MOST_PUSH_BYTES and len(self._pushes) > 1):
+            self._push_bytes -= len(self._pushes.popleft())
+            self._pushes_dropped += 1
+        self._pushed.set()
+
+    def _open(self) -> ConnectionManager:
+        if self._manager is None or self._closed:
+            raise OutboxClosed(self._outbox.path, "the client is not open; use it with async with")
+        return self._manager

@@ -1,0 +1,271 @@
+"""An outbox as its drainer holds it: the right to drain, what to send next, and what became of what was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sqlite3
+
+from msgspec import Struct
+
+from durablews import entries, identity, settlement
+from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
+from durablews.errors import OutboxInUse, StorageFailed
+from durablews.messages import Entry, Refusal
+from durablews.outbox import Counts, Outbox, read_counts
+from durablews.ownership import Ownership
+from durablews.settlement import Run
+
+__all__ = ["DrainedOutbox", "LinkNote", "Page"]
+
+# Seconds that a second client waits for the first to go, and between its looks.
+_OWNERSHIP_WAIT, _OWNERSHIP_LOOK = 5.0, 0.05
+# A message that is too large for three servers' limits, ten minutes apart, becomes a dead letter (PROTOCOL.md C5).
+_TOO_LARGE_TRIES, _TOO_LARGE_BETWEEN = 3, 600_000
+# The server's Date and the machine's clock confirm one another when they differ by at most so many ms.
+_CONFIRMING = 120_000
+
+
+class Page(Struct, frozen=True):
+    """What was read for a `Want`. `unfit`: priority, sequence and fault of entries that must not be sent."""
+
+    entries: list[Entry]
+    unfit: list[tuple[int, int, str]]
+
+
+class LinkNote(Struct, frozen=True):
+    """How the link stands, for `durablews inspect`. `next_attempt` is in ms since 1970 UTC."""
+
+    state: str
+    reason: str | None = None
+    blocked: str | None = None
+    next_attempt: int | None = None
+
+
+class DrainedOutbox(Outbox):
+    """An outbox that this process, and no other, drains.
+
+    Args are those of `Outbox`, and `window`: the most that will ever be in flight.
+    """
+
+    _drains = True
+    # Its own settlements wake receipts at once; only what other processes drop has to be looked for.
+    _poll_interval = 5.0
+
+    window = 1024
+
+    async def open(self) -> None:
+        """Take the right to drain and open the file.
+
+        Raises:
+            OutboxInUse: another client drains it, and did not go within 5 s.
+        """
+        self._ownership = Ownership(self.path)
+        deadline = asyncio.get_running_loop().time() + _OWNERSHIP_WAIT
+        while (holder := self._acquire()) is not None:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise OutboxInUse(self.path, holder)
+            await asyncio.sleep(_OWNERSHIP_LOOK)
+        try:
+            await super().open()
+        except BaseException:
+            self._ownership.release()
+            raise
+
+    def _acquire(self) -> str | None:
+        try:
+            return self._ownership.acquire()
+        except OSError as exc:
+            raise StorageFailed(self.path, f"its lock file cannot be written: {exc.strerror}") from exc
+
+    def _first_job(self, connection: sqlite3.Connection) -> str:
+        super()._first_job(connection)
+        connection.execute(
+            "UPDATE durablews_link SET pid = ?, host = ?, started_at = ?, state = 'DISCONNECTED', since = ?,"
+            " reason = NULL, blocked = NULL, next_attempt = NULL",
+            (os.getpid(), socket.gethostname(), self.clock.wall(), self.clock.wall()),
+        )
+        return identity.take_over(
+            connection,
+            self.path,
+            machine=identity.machine_id(),
+            window=self.window,
+            draw=secrets.randbelow,
+        )
+
+    async def close(self) -> None:
+        """Finish what was handed over, close the file, give the right to drain back."""
+        if os.getpid() != self._pid:
+            return
+        try:
+            await super().close()
+        finally:
+            self._ownership.release()
+
+    def leave(self) -> asyncio.Future[None]:
+        """Note, as the last change, that nothing was in flight any more."""
+        return self.storage.change(identity.leave)
+
+    # -- what to send
+
+    def fetch(self, want: Want) -> asyncio.Future[Page]:
+        """Read what a `Delivery` wants, all of it on the medium already."""
+        return self.storage.read(lambda connection: self._fetch(connection, want))
+
+    def _fetch(self, connection: sqlite3.Connection, want: Want) -> Page:
+        after = dict(want.after)
+        for run in self.storage.owed:  # acknowledged, and the disk could not say so yet
+            after[run.priority] = max(after.get(run.priority, 0), run.last)
+
+        def peek(connection: sqlite3.Connection) -> Page:
+            found, unfit = entries.peek(
+                connection,
+                after=after,
+                closed=want.closed,
+                limit=want.limit,
+                max_bytes=want.max_bytes,
+                above=want.above,
+            )
+            return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
+
+        page = self.storage.synced_read(connection, peek)
+        for entry in page.entries:
+            self.storage.claims[entry.priority] = (0, entry.seq)
+        return page
+
+    def release_claims(self) -> None:
+        """Let policies take again what was read: the connection is gone."""
+        self.storage.claims = {}
+
+    async def introduce(self) -> tuple[str, int]:
+        """Return the stream and the `last` of a hello that is sent now."""
+        return self.stream, await self.storage.read(identity.claimed_last)
+
+    # -- what became of it
+
+    def record(self, action: Refuse | Requeue | SetAside) -> asyncio.Future[None]:
+        """Write what becomes of one entry, before anything that follows it is read and sent.
+
+        Under ``durability="process"`` its commit is not synced by itself; `Storage.synced_read`, through which every
+        later entry comes, does that first (PROTOCOL.md C8).
+        """
+        return self.storage.change(lambda connection: self._record(connection, action))
+
+    def _record(self, connection: sqlite3.Connection, action: Refuse | Requeue | SetAside) -> None:
+        wall = self.clock.wall()
+        if isinstance(action, Refuse):
+            settlement.refuse(connection, action.seq, action.refusal, wall)
+        elif isinstance(action, Requeue):
+            settlement.requeue(connection, action.seq, wall, nacked=True)
+        else:
+            now = entries.outbox_time(connection, self.clock)
+            refusal = Refusal(
+                action.refusal.code, action.refusal.reason, action.refusal.unknown, action.refusal.needs, [now]
+            )
+            settlement.set_aside(connection, action.seq, refusal)
+
+    def mark(self, action: MarkUnanswered | TakeBack) -> None:
+        """Write what an answer or a loss showed about entries that stay."""
+        wall = self.clock.wall()
+        if isinstance(action, MarkUnanswered):
+            self.storage.change(lambda connection: settlement.mark_unanswered(connection, action.runs, wall))
+        else:
+            self.storage.change(lambda connection: settlement.take_back(connection, action.run, wall))
+
+    def settle(self, run: Run) -> None:
+        """Delete what the server acknowledged."""
+        self.storage.settle(run)
+
+    async def renew_stream(self) -> None:
+        """Give the outbox a new stream, on the medium when this returns."""
+        self.stream = await self.storage.change(identity.renew_stream)
+
+    def welcomed(self, max_bytes: int | None) -> asyncio.Future[list[tuple[int, Refusal]]]:
+        """Note that a server takes frames of `max_bytes`; the future gives messages that were too large for too long."""
+
+        def job(connection: sqlite3.Connection) -> list[tuple[int, Refusal]]:
+            identity.confirm_raise(connection)
+            return settlement.return_aside(
+                connection,
+                2**62 if max_bytes is None else max_bytes,
+                entries.outbox_time(connection, self.clock),
+                self.clock.wall(),
+                between=_TOO_LARGE_BETWEEN,
+                tries=_TOO_LARGE_TRIES,
+            )
+
+        return self.storage.change(job)
+
+    # -- upkeep
+
+    def note_link(self, note: LinkNote) -> asyncio.Future[None]:
+        """Write how the link stands, for `durablews inspect`."""
+        since = self.clock.wall()
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "UPDATE durablews_link SET since = CASE state WHEN :state THEN since ELSE :since END, state = :state,"
+                " reason = :reason, blocked = :blocked, next_attempt = :next",
+                {
+                    "state": note.state,
+                    "since": since,
+                    "reason": note.reason,
+                    "blocked": note.blocked,
+                    "next": note.next_attempt,
+                },
+            )
+
+        return self.storage.change(job)
+
+    async def expire(self) -> Counts:
+        """Delete what is too old, and return what waits and what has left."""
+        counts, due = await self.storage.read(self._something_is_due)
+        if due:
+            await self.storage.change(self._expire)
+            self.look_again()
+            counts = await self.storage.read(read_counts)
+        return counts
+
+    def _something_is_due(self, connection: sqlite3.Connection) -> tuple[Counts, bool]:
+        now = entries.outbox_time(connection, self.clock)
+        max_age = entries.read_caps(connection).max_age
+        return read_counts(connection), settlement.is_due(connection, now, max_age)
+
+    def _expire(self, connection: sqlite3.Connection) -> None:
+        now = entries.outbox_time(connection, self.clock)
+        # Written down whenever age matters, so that it goes on counting after a reboot.
+        connection.execute(
+            "UPDATE durablews_meta SET clock = ?, boot = ?, boot_clock = ?",
+            (now, self.clock.boot_id, self.clock.boot()),
+        )
+        max_age = entries.read_caps(connection).max_age
+        settlement.expire(connection, now, max_age, self.storage.claims, self.clock.wall())
+
+    def confirm_wall_clock(self, server_date: int) -> None:
+        """Take a server's Date (ms since 1970 UTC) as a witness of the wall clock.
+
+        Time that the machine was switched off counts as age once a server's Date agreed with the wall clock both
+        before and after.
+        """
+        wall = self.clock.wall()
+        if abs(wall - server_date) <= _CONFIRMING:
+            self.storage.change(lambda connection: self._confirm(connection, wall))
+
+    def _confirm(self, connection: sqlite3.Connection, wall: int) -> None:
+        now = entries.outbox_time(connection, self.clock)
+        boot, confirmed_wall, confirmed_at = connection.execute(
+            "SELECT confirmed_boot, confirmed_wall, confirmed_at FROM durablews_meta"
+        ).fetchone()
+        if boot is not None and boot != self.clock.boot_id:
+            now += max(0, (wall - confirmed_wall) - (now - confirmed_at))
+        connection.execute(
+            "UPDATE durablews_meta SET clock = ?, boot = ?, boot_clock = ?, confirmed_boot = ?, confirmed_wall = ?,"
+            " confirmed_at = ?",
+            (now, self.clock.boot_id, self.clock.boot(), self.clock.boot_id, wall, now),
+        )
+
+
+def _priority_of(connection: sqlite3.Connection, seq: int) -> int:
+    return int(connection.execute("SELECT priority FROM durablews_entries WHERE seq = ?", (seq,)).fetchone()[0])

@@ -1,0 +1,295 @@
+"""One connection, from its welcome to its end: the thin shell around `Delivery`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from websockets.exceptions import ConnectionClosed
+
+from durablews.delivery.actions import (
+    Action,
+    Close,
+    Deliver,
+    MarkUnanswered,
+    Postpone,
+    Refuse,
+    RenewStream,
+    Requeue,
+    SetAside,
+    Settle,
+    TakeBack,
+    Want,
+    Welcomed,
+)
+from durablews.delivery.delivery import Delivery
+from durablews.delivery.suspicion import Closed
+from durablews.draining import DrainedOutbox, Page
+from durablews.errors import OutboxError
+from durablews.events import EventLog, Refused
+from durablews.heartbeat import Beat, Heartbeat
+from durablews.messages import Refusal
+from durablews.wire.dialect import Introduction, Wire
+
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+
+__all__ = ["Link"]
+
+# While frames are still to be taken by a slow socket, look so often how far it is (seconds).
+_PROGRESS_LOOK = 0.5
+# The close handshake has a timeout of its own; this one is for a socket that does not even take the frame.
+_LONGEST_CLOSE = 5.0
+
+
+class Link:
+    """Runs one WebSocket until it ends. Every wait in here has a deadline or a wake-up."""
+
+    def __init__(
+        self,
+        websocket: ClientConnection,
+        wire: Wire,
+        *,
+        delivery: Delivery,
+        outbox: DrainedOutbox,
+        heartbeat: Heartbeat,
+        introduction: Callable[[str, int], Introduction],
+        events: EventLog,
+        on_welcome: Callable[[], None],
+        on_push: Callable[[str | bytes], None],
+    ) -> None:
+        self._websocket = websocket
+        self._wire = wire
+        self._delivery = delivery
+        self._outbox = outbox
+        self._heartbeat = heartbeat
+        self._introduction = introduction
+        self._events = events
+        self._on_welcome = on_welcome
+        self._on_push = on_push
+        self._now = asyncio.get_running_loop().time
+        self._sendable = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._close: Close | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handed = 0
+        self._defect: Exception | None = None
+        #: Seconds that the server asked the client to stay away.
+        self.postponed = 0.0
+        self.progressed = False
+        #: Set when the connection is over.
+        self.ended = asyncio.Event()
+
+    async def run(self, welcome_by: float) -> Closed:
+        """Say hello, drain, and return how it ended; without a welcome by `welcome_by` it is closed with 4408."""
+        stream, last = await self._outbox.introduce()
+        self._delivery.connected(self._wire, self._introduction(stream, last))
+        reader = self._spawn(self._read(), "reader")
+        self._spawn(self._send(), "sender")
+        try:
+            return await self._steer(reader, welcome_by)
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.ended.set()
+
+    def stored(self) -> None:
+        """Take note that there may be more to send."""
+        self._delivery.stored()
+        self._act()
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin to close from this side."""
+        if self._close is None:
+            self._close = Close(code, reason)
+            self._changed.set()
+
+    # -- the three tasks
+
+    async def _steer(self, reader: asyncio.Task[None], welcome_by: float) -> Closed:
+        """Keep the timers, until the connection has ended."""
+        while not reader.done() and self._close is None:
+            now = self._now()
+            if not self._delivery.ready and now >= welcome_by:
+                self._close = Close(4408, "no welcome in time")
+                break
+            self._beat(now)
+            self._report_taken(now)
+            self._delivery.handle_timer(now)
+            self._act()
+            if self._close is not None:
+                break
+            self._changed.clear()
+            await self._wait(reader, self._next_look(welcome_by) - self._now())
+        return await self._end(reader)
+
+    def _next_look(self, welcome_by: float) -> float:
+        now = self._now()
+        times = [self._heartbeat.timer()]
+        timer = self._delivery.timer(now)
+        if timer is not None:
+            times.append(timer)
+        if not self._delivery.ready:
+            times.append(welcome_by)
+        if self._delivery.untaken:
+            times.append(now + _PROGRESS_LOOK)
+        return min(times)
+
+    async def _wait(self, reader: asyncio.Task[None], timeout: float) -> None:
+        changed = asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait({reader, changed}, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+
+    async def _end(self, reader: asyncio.Task[None]) -> Closed:
+        close = self._close
+        if close is not None and not reader.done():
+            try:
+                async with asyncio.timeout(_LONGEST_CLOSE):
+                    await self._websocket.close(close.code, close.reason.encode()[:120].decode(errors="ignore"))
+            except TimeoutError:
+                self._websocket.transport.abort()
+        await asyncio.wait({reader})
+        self.progressed = self._delivery.progressed
+        if self._defect is not None:
+            raise self._defect
+        received = self._websocket.protocol.close_rcvd
+        if close is not None:
+            return Closed(code=close.code, reason=close.reason, received=False, leaving=True)
+        if received is not None:
+            return Closed(code=received.code, reason=received.reason, received=True)
+        sent = self._websocket.protocol.close_sent
+        # What websockets itself found wrong with the other side's frames, such as 1009.
+        return Closed(code=sent.code, reason=sent.reason) if sent else Closed(code=1006, reason="the link was lost")
+
+    async def _read(self) -> None:
+        """Read for as long as the server sends: acks are read whatever the application does (C10)."""
+        while True:
+            data = await self._websocket.recv()
+            now = self._now()
+            self._heartbeat.received(now)
+            self._delivery.receive(data, now)
+            self._act()
+
+    async def _send(self) -> None:
+        """Send whatever may go; a socket that takes nothing holds up only this task."""
+        while True:
+            self._sendable.clear()
+            while (frame := self._delivery.frame_to_send(self._now())) is not None:
+                self._carry_out()
+                self._handed += len(frame)
+                self._changed.set()
+                await self._websocket.send(frame, text=self._wire.text)
+                self._report_taken(self._now())
+            self._carry_out()
+            await self._sendable.wait()
+
+    # -- between them
+
+    def _report_taken(self, now: float) -> None:
+        buffered = self._websocket.transport.get_write_buffer_size()
+        self._delivery.taken(self._handed - min(buffered, self._handed), now)
+
+    def _beat(self, now: float) -> None:
+        beat = self._heartbeat.due(now)
+        if beat is Beat.DEAD:
+            self.close(4408, "nothing was heard for too long")
+        elif beat is Beat.PING:
+            self._spawn(self._ping(), "ping")
+
+    async def _ping(self) -> None:
+        await (await self._websocket.ping())
+        self._heartbeat.received(self._now())
+
+    def _act(self) -> None:
+        """Do what `Delivery` asks, read what it wants, and let the sender look again."""
+        self._carry_out()
+        self._sendable.set()
+        self._changed.set()
+
+    def _carry_out(self) -> None:
+        for action in self._delivery.actions():
+            self._do(action)
+        want = self._delivery.wanted(self._now())
+        if want is not None:
+            self._outbox.fetch(want).add_done_callback(lambda page: self._supply(want, page))
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, Settle):
+            self._outbox.settle(action.run)
+        elif isinstance(action, MarkUnanswered | TakeBack):
+            self._outbox.mark(action)
+        elif isinstance(action, Refuse | Requeue | SetAside):
+            self.record(action)
+        elif isinstance(action, Deliver):
+            self._on_push(action.payload)
+        elif isinstance(action, Postpone):
+            self.postponed = action.delay
+        elif isinstance(action, Close):
+            self.close(action.code, action.reason)
+        elif isinstance(action, Welcomed):
+            self._welcomed(action)
+        else:
+            assert isinstance(action, RenewStream)
+            self._spawn(self._renew_stream(), "renew stream")
+
+    def record(self, action: Refuse | Requeue | SetAside) -> None:
+        """Write what became of an entry, and let its priority go on after that."""
+        self._outbox.record(action).add_done_callback(lambda done: self._recorded(action, done))
+
+    def _recorded(self, action: Refuse | Requeue | SetAside, done: asyncio.Future[None]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return  # the outbox is closing; nothing passed over it
+        self._outbox.look_again()
+        if isinstance(action, Refuse):
+            self._events.put(Refused(action.seq, action.refusal.code, action.refusal.reason))
+        self._delivery.recorded(action.priority, action.seq)
+        self._act()
+
+    def _welcomed(self, action: Welcomed) -> None:
+        def returned(done: asyncio.Future[list[tuple[int, Refusal]]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                for seq, _ in done.result():
+                    self._events.put(Refused(seq, "too_large", None))
+                self._outbox.look_again()
+                self.stored()
+
+        self._outbox.welcomed(action.max_bytes).add_done_callback(returned)
+        self._on_welcome()
+
+    def _supply(self, want: Want, page: asyncio.Future[Page]) -> None:
+        if page.cancelled():
+            return
+        error = page.exception()
+        if error is not None:
+            self.close(1011, "the outbox cannot be read")
+            self._outbox.storage.trouble = error.what if isinstance(error, OutboxError) else repr(error)
+            return
+        found = page.result()
+        self._delivery.supply(want, found.entries, found.unfit, self._now())
+        self._act()
+
+    async def _renew_stream(self) -> None:
+        await self._outbox.renew_stream()
+        stream, last = await self._outbox.introduce()
+        self._delivery.introduce(self._introduction(stream, last))
+        self._act()
+
+    def _spawn(self, coroutine: object, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine, name=f"durablews {name}")  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            error = task.exception()  # a lost connection ends every task; the reader's end is the one that counts
+            if isinstance(error, Exception) and not isinstance(error, ConnectionClosed):
+                self._defect = error
+                self.close(1011, "an internal error")
+        self._changed.set()
