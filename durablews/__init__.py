@@ -9,30 +9,68 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from durablews.client import Client as Client, Stats as Stats, connect as connect
+    from durablews.client import Client as Client
+    from durablews.client import Stats as Stats
+    from durablews.client import connect as connect
     from durablews.config import Settings as Settings
     from durablews.errors import (
         ConfigError as ConfigError,
+    )
+    from durablews.errors import (
         Dropped as Dropped,
+    )
+    from durablews.errors import (
         DurablewsError as DurablewsError,
+    )
+    from durablews.errors import (
         Expired as Expired,
+    )
+    from durablews.errors import (
         MessageTooLarge as MessageTooLarge,
+    )
+    from durablews.errors import (
         NotAnOutbox as NotAnOutbox,
+    )
+    from durablews.errors import (
         OutboxClosed as OutboxClosed,
+    )
+    from durablews.errors import (
         OutboxError as OutboxError,
+    )
+    from durablews.errors import (
         OutboxFull as OutboxFull,
+    )
+    from durablews.errors import (
         OutboxInUse as OutboxInUse,
+    )
+    from durablews.errors import (
         OutboxLocked as OutboxLocked,
+    )
+    from durablews.errors import (
         OutboxMissing as OutboxMissing,
+    )
+    from durablews.errors import (
         OutboxTooNew as OutboxTooNew,
+    )
+    from durablews.errors import (
         PayloadError as PayloadError,
+    )
+    from durablews.errors import (
         ProtocolError as ProtocolError,
+    )
+    from durablews.errors import (
         Rejected as Rejected,
+    )
+    from durablews.errors import (
         StorageFailed as StorageFailed,
+    )
+    from durablews.errors import (
         Undelivered as Undelivered,
     )
     from durablews.lifecycle import State as State
-    from durablews.outbox import Counts as Counts, Outbox as Outbox, Receipt as Receipt
+    from durablews.outbox import Counts as Counts
+    from durablews.outbox import Outbox as Outbox
+    from durablews.outbox import Receipt as Receipt
     from durablews.receiver import Receiver as Receiver
 
 __version__ = "0.1.0"

@@ -88,7 +88,7 @@ class CapsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     #: Bytes of payloads, topics and headers; a new outbox has 1 GiB.
     max_bytes: Size | UnsetType = UNSET
     #: Seconds on the outbox clock; a new outbox has none.
-    max_age: Seconds | None | UnsetType = UNSET
+    max_age: Seconds | UnsetType | None = UNSET
     #: What happens to a message that finds no room; a new outbox has "reject".
     overflow: Literal["reject", "drop_oldest", "drop_new"] | UnsetType = UNSET
 

@@ -13,10 +13,9 @@ from msgspec import Struct
 from durablews import entries, identity, settlement
 from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
 from durablews.errors import OutboxInUse, StorageFailed
-from durablews.messages import Entry, Refusal
+from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
-from durablews.settlement import Run
 
 __all__ = ["DrainedOutbox", "LinkNote", "Page"]
 
@@ -158,7 +157,7 @@ class DrainedOutbox(Outbox):
         if isinstance(action, Refuse):
             settlement.refuse(connection, action.seq, action.refusal, wall)
         elif isinstance(action, Requeue):
-            settlement.requeue(connection, action.seq, wall, nacked=True)
+            settlement.requeue(connection, action.seq, wall)
         else:
             now = entries.outbox_time(connection, self.clock)
             refusal = Refusal(

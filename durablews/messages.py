@@ -19,6 +19,7 @@ __all__ = [
     "Draft",
     "Entry",
     "Refusal",
+    "Run",
     "checksum",
     "decode_payload",
     "draft",
@@ -87,6 +88,16 @@ class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
     unknown: bool = False
     needs: int | None = None
     tries: list[int] = []
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Entries of one priority that were in flight together: every waiting row from `first` to `last`."""
+
+    priority: int
+    first: int
+    last: int
+    messages: int
+    bytes: int
 
 
 def encode_payload(payload: Any) -> str | bytes:

@@ -21,8 +21,7 @@ from durablews import database, entries, upkeep
 from durablews.clock import Clock, SystemClock
 from durablews.config import CapsConfig, read_settings
 from durablews.errors import Dropped, Expired, OutboxClosed, Rejected, Undelivered
-from durablews.messages import Refusal, draft
-from durablews.settlement import Run
+from durablews.messages import Refusal, Run, draft
 from durablews.storage import Storage
 
 __all__ = ["Counts", "Outbox", "Receipt", "read_counts"]
@@ -261,7 +260,7 @@ def read_counts(connection: sqlite3.Connection) -> Counts:
     return Counts(**dict(zip(Counts.__struct_fields__, row, strict=True)))
 
 
-def _fate(connection: sqlite3.Connection, seq: int) -> int | None | Undelivered:
+def _fate(connection: sqlite3.Connection, seq: int) -> int | Undelivered | None:
     """Return the sequence under which a message still waits, None when it was acknowledged, or what became of it."""
     while True:
         row = connection.execute("SELECT ack_state, refusal FROM durablews_entries WHERE seq = ?", (seq,)).fetchone()

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import msgspec
 
 from durablews.entries import Claims
-from durablews.messages import Refusal
+from durablews.messages import Refusal, Run
 
 __all__ = [
-    "Run",
     "expire",
     "is_due",
     "mark_first_as_sent",
@@ -50,16 +49,6 @@ DELETE FROM durablews_entries WHERE seq IN (
     WHERE youngest <= :oldest
     LIMIT :page){free}
 RETURNING seq, bytes, ack_state"""
-
-
-class Run(msgspec.Struct, frozen=True):
-    """Entries of one priority that were in flight together: every waiting row from `first` to `last`."""
-
-    priority: int
-    first: int
-    last: int
-    messages: int
-    bytes: int
 
 
 def settle(connection: sqlite3.Connection, runs: Sequence[Run]) -> None:

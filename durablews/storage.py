@@ -19,8 +19,8 @@ from durablews.clock import Clock
 from durablews.entries import Gap
 from durablews.errors import DurablewsError, OutboxClosed, OutboxError, StorageFailed
 from durablews.jobs import JobConnection, run_job, transaction
-from durablews.messages import Draft
-from durablews.settlement import Run, settle, stamp_unseen
+from durablews.messages import Draft, Run
+from durablews.settlement import settle, stamp_unseen
 
 __all__ = ["Storage"]
 

@@ -13,8 +13,7 @@ from durablews import database, entries
 from durablews.entries import Claims, Gap
 from durablews.errors import DurablewsError
 from durablews.jobs import transaction
-from durablews.messages import Draft, draft
-from durablews.settlement import Run
+from durablews.messages import Draft, Run, draft
 
 #: 2026-11-22 20:24:00 UTC, in milliseconds.
 TODAY = 1_795_379_040_000

@@ -132,6 +132,32 @@ def test_a_forked_child_has_no_right(path: Path, owned: Ownership) -> None:
     assert str(Ownership(path).acquire()).startswith(parent)
 
 
+def test_a_child_that_outlives_the_holder_keeps_nothing(path: Path) -> None:
+    """When the holder is killed, a forked child of its own that lives on does not keep the outbox from anyone."""
+    stays, never = os.pipe()
+    hears, said = os.pipe()
+
+    def life() -> None:
+        assert Ownership(path).acquire() is None
+        os.close(never)
+        if os.fork():
+            os.write(said, b"owned")
+        os.read(stays, 1)  # the holder until it is killed, its child until the test is over
+
+    pid, reader = fork(life)
+    assert os.read(hears, 5) == b"owned"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert holder_of(path) is None
+    mine = Ownership(path)
+    assert mine.acquire() is None
+    mine.release()
+    for descriptor in (stays, never, hears, said):
+        os.close(descriptor)
+    os.read(reader, 10)  # ends with the child
+    os.close(reader)
+
+
 def test_a_child_may_own_what_its_parent_gave_back(path: Path, owned: Ownership) -> None:
     """What the parent held once is no longer in the child's way."""
     owned.release()

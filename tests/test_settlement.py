@@ -24,9 +24,8 @@ from support import (
 from durablews import entries, settlement
 from durablews.entries import Claims
 from durablews.jobs import transaction
-from durablews.messages import Refusal, draft
+from durablews.messages import Refusal, Run, draft
 from durablews.settlement import (
-    Run,
     expire,
     mark_first_as_sent,
     mark_unanswered,

@@ -62,7 +62,7 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
         loop.add_signal_handler(number, stop, number)
     async with durablews.connect(config=layers) as client:
         talk = asyncio.create_task(_talk(client))
-        waits = {asyncio.create_task(stopped.wait())}
+        waits: set[asyncio.Task[bool]] = {asyncio.create_task(_stopped(stopped))}
         if until_empty:
             waits.add(asyncio.create_task(_empty(client, timeout)))
         else:
@@ -79,6 +79,11 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
             print(f"durablews: gave up with {counts.pending} waiting: {client.reason or counts.state}", file=sys.stderr)
             await client.close(drain=False)
         return 0 if emptied else 4
+
+
+async def _stopped(stopped: Any) -> bool:
+    await stopped.wait()
+    return True
 
 
 async def _empty(client: Any, timeout: float | None) -> bool:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from durablews.messages import Refusal
-from durablews.settlement import Run
+from durablews.messages import Refusal, Run
 
 __all__ = [
     "Action",

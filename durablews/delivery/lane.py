@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from durablews.messages import Entry
-from durablews.settlement import Run
+from durablews.messages import Entry, Run
 
 __all__ = ["Hold", "InFlight", "Lane", "Transmission", "run_of"]
 
@@ -21,13 +20,12 @@ class Hold(NamedTuple):
 class Transmission:
     """One frame on its way. `progress` is when the socket last took bytes of the frames up to and including it."""
 
-    __slots__ = ("end", "messages", "progress", "taken")
+    __slots__ = ("end", "messages", "progress")
 
     def __init__(self, end: int, messages: int, now: float) -> None:
         self.end = end
         self.messages = messages
         self.progress = now
-        self.taken = False
 
 
 class InFlight(NamedTuple):
