@@ -29,7 +29,7 @@ _MOST_PUSHES, _MOST_PUSH_BYTES = 1000, 1024 * 1024
 class Stats(Counts, frozen=True, kw_only=True):
     """How a client is doing: the counts of its outbox, and its link.
 
-    `reason` says why the link is as it is, `blocked` what only the owner can mend, `trouble` what is wrong with the disk.
+    `reason` says why the link is as it is, `blocked` what only the owner can mend, `trouble` what ails the disk.
     """
 
     state: str
@@ -173,7 +173,7 @@ class Client:
         return await self._outbox.send_many(payloads, priority=priority, topic=topic, headers=headers, ttl=ttl)
 
     async def flush(self, timeout: float | None = None) -> bool:
-        """Wait until the outbox is empty; return whether it is. `timeout` is in seconds; None: for as long as it takes."""
+        """Wait until the outbox is empty; return whether it is. `timeout` is in seconds; None waits for ever."""
         manager = self._open()
         try:
             async with asyncio.timeout(timeout):

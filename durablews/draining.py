@@ -182,7 +182,7 @@ class DrainedOutbox(Outbox):
         self.stream = await self.storage.change(identity.renew_stream)
 
     def welcomed(self, max_bytes: int | None) -> asyncio.Future[list[tuple[int, Refusal]]]:
-        """Note that a server takes frames of `max_bytes`; the future gives messages that were too large for too long."""
+        """Note that a server takes frames of `max_bytes`; the future gives what was too large for too long."""
 
         def job(connection: sqlite3.Connection) -> list[tuple[int, Refusal]]:
             identity.confirm_raise(connection)

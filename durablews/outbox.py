@@ -1,8 +1,9 @@
 """The durable queue: `send` returns when the message is on the medium. No network here.
 
-When `send` returns, the message is in a committed transaction whose log was synced (``durability="power"``): it survives
-kill -9 and power loss, on a disk that keeps what it reported as synced. Cancelling `send` leaves nothing half done: the
-message is stored or it is not, and the caller cannot know which; to be certain of one, send again with the same `id`.
+When `send` returns, the message is in a committed transaction whose log was synced (``durability="power"``): it
+survives kill -9 and power loss, on a disk that keeps what it reported as synced. Cancelling `send` leaves nothing half
+done: the message is stored or it is not, and the caller cannot know which; to be certain of one, send again with the
+same `id`.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ class Outbox:
     ) -> list[Receipt]:
         """Store several messages in one transaction: all of them or none, in their order.
 
-        Under ``overflow="drop_new"`` those that fit are stored and the rest is dropped and counted. Arguments and errors
-        are those of `send`.
+        Under ``overflow="drop_new"`` those that fit are stored and the rest is dropped and counted. Arguments and
+        errors are those of `send`.
         """
         drafts = [draft(payload, priority=priority, topic=topic, headers=headers, ttl=ttl) for payload in payloads]
         self._check_process()

@@ -59,8 +59,8 @@ class Storage:
     def __init__(self, path: str, *, durability: str, drainer: bool, clock: Clock) -> None:
         self.path = path
         self.clock = clock
-        #: What its own drainer has read in order to send it: no policy of this process takes it. The connection's thread
-        #: writes it in the same job that reads the entries, so that no later transaction can miss one.
+        #: What its own drainer has read in order to send it: no policy of this process takes it. The connection's
+        #: thread writes it in the same job that reads the entries, so that no later transaction can miss one.
         self.claims: dict[int, tuple[int, int]] = {}
         #: Acknowledged runs whose deletion has just failed, for the reads that follow in the same job.
         self.owed: Sequence[Run] = ()

@@ -48,7 +48,7 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
     import asyncio
     import signal
 
-    import durablews
+    from durablews.client import connect
 
     stopped = asyncio.Event()
     received: list[int] = []
@@ -60,7 +60,7 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
-    async with durablews.connect(config=layers) as client:
+    async with connect(config=layers) as client:
         talk = asyncio.create_task(_talk(client))
         waits: set[asyncio.Task[bool]] = {asyncio.create_task(_stopped(stopped))}
         if until_empty:

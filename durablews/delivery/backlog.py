@@ -102,10 +102,8 @@ class Backlog:
             return []
         self._reading = self._stale_above = False
         unfit = list(unfit)
-        size = sum(entry.bytes for entry in entries)
-        everything = len(entries) + len(unfit) < want.limit and size * 2 <= want.max_bytes
-        if everything and want.above == -101:
-            self._stale = False
+        if not entries and not unfit and want.above == -101:
+            self._stale = False  # a read gives at least one entry of whatever waits, so nothing does
         moved = {
             priority
             for priority, lane in self.lanes.items()

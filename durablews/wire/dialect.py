@@ -54,7 +54,7 @@ class Introduction(Struct, frozen=True):
 
 
 class Ready(Struct, frozen=True):
-    """The server takes messages: so many, in frames of so many bytes. `rewound`: it knows a later life of the stream."""
+    """The server takes messages: so many, in frames so large. `rewound`: it knows a later life of the stream."""
 
     window: int | None
     max_bytes: int | None
