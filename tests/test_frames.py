@@ -23,7 +23,7 @@ def decode(codec: Codec, data: str | bytes, kind: str) -> Any:
 
 def encode(codec: Codec, frame: Any) -> bytes:
     if isinstance(frame, Msgs):
-        return codec.encode_msgs(frame.priority, frame.after, frame.items)
+        return codec.encode_msgs(frame.priority, frame.after, [item.outgoing() for item in frame.items])
     if isinstance(frame, Push):
         return codec.encode_push(frame.payload)
     return codec.encode(frame)
@@ -117,7 +117,7 @@ def test_messages_survive_the_round_trip(pairs: list[tuple[int, str | bytes]], s
 
     items = [Item(seq, payload, ItemMeta()) for seq, payload in sorted(pairs)]
     codec = Codec(subprotocol)
-    data = codec.encode_msgs(3, None, items)
+    data = codec.encode_msgs(3, None, [item.outgoing() for item in items])
     frame = codec.decode_client(data.decode() if codec.text else data)
     assert isinstance(frame, Msgs)
     assert [(i.seq, i.payload) for i in frame.items] == [(i.seq, i.payload) for i in items]

@@ -19,7 +19,7 @@ from durablews.errors import (
     StorageFailed,
 )
 from durablews.receiver import Batch, Receiver, Store, select_subprotocol
-from durablews.wire.frames import JSON, MSGPACK, Codec, Hello, Item, ItemMeta
+from durablews.wire.frames import JSON, MSGPACK, Codec, Hello
 
 STREAM = "ab" * 16
 Handler = Callable[[ServerConnection], Awaitable[None]]
@@ -116,7 +116,7 @@ async def test_messagepack_is_preferred_and_served(receiver: Receiver, path: Pat
         codec = Codec(MSGPACK)
         await ws.send(codec.encode(Hello(STREAM, "0" * 16, 9, 1 << 20)))
         codec.decode_server(await ws.recv())
-        await ws.send(codec.encode_msgs(0, None, [Item(9, b"\x00", ItemMeta())]))
+        await ws.send(codec.encode_msgs(0, None, [(9, b"\x00")]))
         assert "Ack" in repr(codec.decode_server(await ws.recv()))
     assert applied(path) == [9]
 

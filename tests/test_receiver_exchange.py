@@ -51,7 +51,7 @@ class Client:
         savepoints: bool = True,
     ) -> Outcome:
         items = [Item(seq, "1", ItemMeta()) for seq in seqs]
-        data = Codec(JSON).encode_msgs(priority, after, items).decode()
+        data = Codec(JSON).encode_msgs(priority, after, [item.outgoing() for item in items]).decode()
         return self.exchange.handle(self.connection, data, apply or insert, savepoints=savepoints)
 
 
@@ -365,7 +365,7 @@ def test_the_inbox_keeps_text_and_bytes_as_they_came(tmp_path: Path) -> None:
     client = Client(connection)
     client.hello()
     items = [Item(4, '{"a": 1.0}', ItemMeta(topic="t")), Item(7, b"\x00\xff", ItemMeta())]
-    data = Codec(JSON).encode_msgs(1, None, items).decode()
+    data = Codec(JSON).encode_msgs(1, None, [item.outgoing() for item in items]).decode()
     assert told(client.exchange.handle_frame(connection, data, keeper())) == [{"t": "ack", "p": 1, "s": 7}]
     query = "SELECT id, stream, priority, seq, topic, payload, typeof(payload) FROM durablews_inbox ORDER BY id"
     assert connection.execute(query).fetchall() == [

@@ -39,7 +39,9 @@ def test_random_histories_apply_once_and_in_order(data: st.DataObject) -> None:
             if part:
                 after = sent[priority][-1] if sent[priority] and sent[priority][-1] < part[0] else None
                 items = [Item(seq, "1", ItemMeta()) for seq in part]
-                pipeline.append((Codec(JSON).encode_msgs(priority, after, items).decode(), part))
+                pipeline.append(
+                    (Codec(JSON).encode_msgs(priority, after, [item.outgoing() for item in items]).decode(), part)
+                )
                 sent[priority] += part
             start += size
         cut = False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
+from operator import attrgetter
 
 from durablews.config import DeliveryConfig
 from durablews.delivery.actions import Refuse, Requeue, SetAside, Want
 from durablews.delivery.lane import Hold, Lane, Transmission
-from durablews.messages import Entry, Refusal
+from durablews.messages import Entry, Refusal, Run
 
 __all__ = ["BATCH_BYTES", "BATCH_MESSAGES", "Backlog"]
 
@@ -67,7 +69,7 @@ class Backlog:
         if self._reading or not self._stale:
             return None
         room = self._config.window + BATCH_MESSAGES - self.messages - self.waiting
-        waiting_bytes = sum(entry.bytes for lane in self.lanes.values() for entry in lane.ready)
+        waiting_bytes = sum(lane.ready_bytes for lane in self.lanes.values())
         room_bytes = self._config.window_bytes + BATCH_BYTES - self.bytes - waiting_bytes
         above = -101
         if room <= 0 or room_bytes <= 0:
@@ -111,9 +113,9 @@ class Backlog:
         }
         if moved:
             self._stale = True  # a nack came meanwhile
-        for entry in entries:
-            if entry.priority not in moved:
-                self._take(entry, now)
+        for priority, group in groupby(entries, key=attrgetter("priority")):
+            if priority not in moved:
+                self._take(priority, list(group), now)
         refusals: list[Refuse] = []
         for priority, seq, fault in unfit:
             if priority not in moved:
@@ -122,14 +124,15 @@ class Backlog:
         self._trim()
         return refusals
 
-    def _take(self, entry: Entry, now: float) -> None:
-        lane = self._lane(entry.priority)
-        hold = self._holds.get(entry.priority)
-        if hold is not None and now < hold.until and entry.seq >= hold.seq:
+    def _take(self, priority: int, entries: list[Entry], now: float) -> None:
+        lane, hold = self._lane(priority), self._holds.get(priority)
+        if hold is not None and now < hold.until and entries[-1].seq >= hold.seq:
+            free = [entry for entry in entries if entry.seq < hold.seq]
+            if free:
+                lane.read(free)
             lane.cursor = max(lane.cursor, hold.seq - 1)  # all that may go before the delay ends was read
-            return
-        lane.ready.append(entry)
-        lane.cursor = entry.seq
+        else:
+            lane.read(entries)
 
     def _trim(self) -> None:
         """Forget what was read last for the lowest priority until it fits the bounds again."""
@@ -162,13 +165,16 @@ class Backlog:
             room: bytes that the window has left; with nothing in flight one message goes all the same.
             frame_room: bytes of the frame; one message goes all the same.
         """
+        hold = self._holds.get(lane.priority)
+        held_from = hold.seq if hold is not None and now < hold.until else None
         batch: list[Entry] = []
-        for entry in lane.ready:
+        for entry in islice(lane.ready, max(0, most)):
             room -= entry.bytes
             frame_room -= entry.bytes + _FRAMING
-            if len(batch) >= most or self._held(entry, now):
-                break
-            if (batch and frame_room < 0) or (room < 0 and (batch or self.messages)):
+            if room < 0 or frame_room < 0:
+                if batch or (room < 0 and self.messages):
+                    break
+            if held_from is not None and entry.seq >= held_from:
                 break
             batch.append(entry)
         return batch
@@ -179,17 +185,17 @@ class Backlog:
         reserved = 1 if window > 1 and lane.priority <= lowest else 0
         return window - self.messages - reserved
 
-    def sent(self, lane: Lane, batch: list[Entry], transmission: Transmission) -> None:
+    def sent(self, lane: Lane, transmission: Transmission) -> None:
         """Move a batch into flight."""
-        lane.send(batch, transmission)
-        self.messages += len(batch)
-        self.bytes += sum(entry.bytes for entry in batch)
+        before = lane.ready_bytes
+        lane.send(transmission)
+        self.messages += len(transmission.entries)
+        self.bytes += before - lane.ready_bytes
 
-    def landed(self, entries: Iterable[Entry]) -> None:
+    def landed(self, run: Run) -> None:
         """Take note that these are no longer in flight."""
-        for entry in entries:
-            self.messages -= 1
-            self.bytes -= entry.bytes
+        self.messages -= run.messages
+        self.bytes -= run.bytes
 
     # -- what holds a lane back
 

@@ -130,12 +130,12 @@ class Delivery:
 
     def disconnected(self, closed: Closed, now: float) -> None:
         """End a connection: what was in flight is unanswered and will be sent again."""
-        flights = [lane.flight for lane in self._backlog.lanes.values() if lane.flight]
-        runs = tuple(run_of([sent.entry for sent in flight]) for flight in flights)
-        # Transmissions are numbered by the bytes before them: the smallest is the oldest.
-        oldest = min((flight[0] for flight in flights), key=lambda sent: sent.transmission.end, default=None)
-        entry = oldest.entry if oldest else None
-        largest = max((sent.transmission.messages for flight in flights for sent in flight), default=0)
+        lanes = [lane for lane in self._backlog.lanes.values() if lane.flight]
+        runs = tuple(run_of(lane.in_flight()) for lane in lanes)
+        # The frame that ends at the fewest bytes was sent first.
+        first = min(lanes, key=lambda lane: lane.flight[0].end, default=None)
+        entry = first.oldest if first else None
+        largest = max((len(transmission.entries) for lane in lanes for transmission in lane.flight), default=0)
         verdict = self._suspicion.judge(
             closed, (entry.priority, entry.seq) if entry else None, self._backlog.messages, now
         )
@@ -210,15 +210,15 @@ class Delivery:
 
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
-        settled = lane.settle(answer.seq, now) if lane else []
-        if not settled:
+        run = lane.settle(answer.seq, now) if lane else None
+        if run is None:
             self.stray_answers += 1
             return
-        self._backlog.landed(settled)
+        self._backlog.landed(run)
         self.progressed = True
         self._halvings = max(0, self._halvings - 1)
-        self._suspicion.answered(answer.priority, settled[-1].seq)
-        self._actions.append(Settle(run_of(settled)))
+        self._suspicion.answered(run.priority, run.last)
+        self._actions.append(Settle(run))
         if self.idle:
             self._suspicion.forget()
 
@@ -228,10 +228,10 @@ class Delivery:
         if lane is None or not taken:
             self.stray_answers += 1
             return
-        first = taken[0]
-        self._backlog.landed(taken)
+        run, first = run_of(taken), taken[0]
+        self._backlog.landed(run)
         self._suspicion.answered(first.priority, first.seq)
-        self._actions.append(TakeBack(run_of(taken)))
+        self._actions.append(TakeBack(run))
         if answer.final:
             self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, answer.reason)))
             return
@@ -302,9 +302,9 @@ class Delivery:
             if limit is not None and len(frame) > limit:
                 self._pass_over(lane, SetAside(lane.priority, batch[0].seq, _too_large(batch[0], len(frame), limit)))
                 continue
-            transmission = Transmission(self._offset + len(frame), len(batch), now)
+            transmission = Transmission(batch, self._offset + len(frame), now)
             self._transmissions.append(transmission)
-            self._backlog.sent(lane, batch, transmission)
+            self._backlog.sent(lane, transmission)
             self._pacing.spend(len(batch))
             return frame
         return None
@@ -368,7 +368,7 @@ class Delivery:
             self._close(4408, "paused for 5 minutes with messages to send")
 
     def _ack_deadline(self, lane: Lane) -> float:
-        return max(lane.last_ack, lane.flight[0].transmission.progress) + self._config.ack_timeout
+        return max(lane.last_ack, lane.flight[0].progress) + self._config.ack_timeout
 
     def _paused(self) -> bool:
         return self._backlog.waiting > 0 and self._backlog.messages == 0

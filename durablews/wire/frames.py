@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -83,6 +83,11 @@ class Item(Struct, frozen=True):
     seq: int
     payload: str | bytes
     meta: ItemMeta
+
+    def outgoing(self) -> OutItem:
+        """Return it as `Codec.encode_msgs` takes it."""
+        meta = {name: value for name, value in msgspec.to_builtins(self.meta).items() if name != "b"}
+        return (self.seq, self.payload, meta) if meta else (self.seq, self.payload)
 
 
 class Msgs(Struct, frozen=True):
@@ -192,7 +197,11 @@ class _OutMsgs(Struct, frozen=True, tag_field="t", tag="msgs"):
 
     p: int
     a: int | UnsetType
-    m: Sequence[tuple[Any, ...]]
+    m: Sequence[Any]
+
+
+#: A message as it is sent: sequence, payload (JSON text, or bytes), and the meta of `ItemMeta` as a mapping.
+OutItem = tuple[int, str | bytes] | tuple[int, str | bytes, Mapping[str, object]]
 
 
 class _OutPush(Struct, frozen=True, tag_field="t", tag="push", omit_defaults=True):
@@ -244,10 +253,14 @@ class Codec:
             return self._encoder.encode(_OutPush(base64.b64encode(payload).decode(), 1))
         return self._encoder.encode(_OutPush(Raw(payload)))
 
-    def encode_msgs(self, priority: int, after: int | None, items: Sequence[Item]) -> bytes:
-        """Return one frame of messages; JSON payloads are spliced in as they are."""
-        wire_items = [self._outgoing(item) for item in items]
-        return self._encoder.encode(_OutMsgs(priority, UNSET if after is None else after, wire_items))
+    def encode_msgs(self, priority: int, after: int | None, items: Sequence[OutItem]) -> bytes:
+        """Return one frame of messages: sequence, payload, and meta where there is any.
+
+        JSON payloads are spliced in as they are; the base64 mark is added here.
+        """
+        if self.text:
+            items = [self._spliced(*item) for item in items]
+        return self._encoder.encode(_OutMsgs(priority, UNSET if after is None else after, items))
 
     def decode_server(self, data: str | bytes) -> ServerFrame | None:
         """Return the frame that a server sent; None for a type that this version does not know.
@@ -301,19 +314,12 @@ class Codec:
         except _MALFORMED:
             return False
 
-    def _outgoing(self, item: Item) -> tuple[Any, ...]:
-        payload: Any = item.payload
-        meta = item.meta
-        if self.text:
-            if isinstance(payload, bytes):
-                payload = base64.b64encode(payload).decode()
-                meta = msgspec.structs.replace(meta, b=1)
-            else:
-                payload = Raw(payload)
-        return (item.seq, payload) if meta == _NO_META else (item.seq, payload, meta)
-
-
-_NO_META = ItemMeta()
+    @staticmethod
+    def _spliced(seq: int, payload: str | bytes, meta: Mapping[str, object] | None = None) -> tuple[Any, ...]:
+        """Return an item of the JSON encoding."""
+        if isinstance(payload, bytes):
+            return seq, base64.b64encode(payload).decode(), {"b": 1, **(meta or {})}
+        return (seq, Raw(payload), meta) if meta else (seq, Raw(payload))
 
 
 def _fault(exc: BaseException) -> str:

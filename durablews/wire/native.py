@@ -30,8 +30,6 @@ from durablews.wire.frames import (
     Codec,
     Flow,
     Hello,
-    Item,
-    ItemMeta,
     Nack,
     Ping,
     Pong,
@@ -98,7 +96,14 @@ class _NativeWire:
 
     def encode(self, priority: int, after: int | None, entries: Sequence[Entry]) -> bytes:
         return self._codec.encode_msgs(
-            priority, after, [Item(entry.seq, entry.payload, _meta(entry)) for entry in entries]
+            priority,
+            after,
+            [
+                (seq, payload, {"ts": created_at})
+                if topic is None and headers is None and not transmissions
+                else (seq, payload, _meta(topic, headers, created_at, transmissions))
+                for seq, _, payload, topic, headers, created_at, _, transmissions, _ in entries
+            ],
         )
 
     def feed(self, data: str | bytes) -> list[Answer]:
@@ -122,10 +127,12 @@ class _NativeWire:
         return []  # a pong, whose arrival is what counts, or a type of a later version
 
 
-def _meta(entry: Entry) -> ItemMeta:
-    return ItemMeta(
-        topic=entry.topic,
-        ts=entry.created_at,
-        n=entry.transmissions + 1 if entry.transmissions else 0,
-        h=None if entry.headers is None else msgspec.json.decode(entry.headers, type=dict[str, str]),
-    )
+def _meta(topic: str | None, headers: str | None, created_at: int, transmissions: int) -> dict[str, object]:
+    meta: dict[str, object] = {"ts": created_at}
+    if topic is not None:
+        meta = {"topic": topic, **meta}
+    if transmissions:
+        meta["n"] = transmissions + 1
+    if headers is not None:
+        meta["h"] = msgspec.json.decode(headers, type=dict[str, str])
+    return meta
