@@ -104,6 +104,8 @@ class Client:
         self._push_bytes = self._pushes_dropped = 0
         self._pushed = asyncio.Event()
         self._closed = False
+        self._stopping: asyncio.Task[None] | None = None
+        self._pid = os.getpid()
 
     async def __aenter__(self) -> Client:
         if self._manager is not None:
@@ -123,7 +125,7 @@ class Client:
 
         def on_settled(runs: Any) -> None:
             settled(runs)
-            manager.moved.set()
+            manager.moved()
 
         self._outbox.storage.on_settled = on_settled
         self._running = asyncio.create_task(manager.run(), name=f"durablews {self._outbox.path}")
@@ -178,10 +180,10 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    manager.moved.clear()
+                    moves = manager.moves  # taken before the look, so that nothing between the two is missed
                     if (await self._outbox.counts()).pending == 0:
                         return True
-                    await manager.moved.wait()
+                    await moves.wait()
         except TimeoutError:
             return False
 
@@ -221,26 +223,38 @@ class Client:
 
     async def close(self, *, drain: bool = True) -> None:
         """Wait up to `drain_timeout` for the outbox to empty, leave the rest on disk, and stop. Safe to call twice."""
-        if self._closed or self._manager is None or self._running is None:
-            return
+        if self._manager is None or self._running is None or os.getpid() != self._pid:
+            return  # not open; or in a forked child, which must not touch its parent's connections
         try:
-            if drain and self._settings.delivery.drain_timeout > 0 and not self._running.done():
-                await self.flush(self._settings.delivery.drain_timeout)
+            wanted = drain and not self._closed and not self._running.done()
+            if wanted and self._settings.delivery.drain_timeout > 0:
+                await self._drain(self._settings.delivery.drain_timeout)
         finally:
             self._closed = True
-            await asyncio.shield(self._stop(self._running))
+            if self._stopping is None:
+                self._stopping = asyncio.create_task(self._stop(self._running), name="durablews stop")
+            await asyncio.shield(self._stopping)
+
+    async def _drain(self, timeout: float) -> None:
+        try:
+            await self.flush(timeout)
+        except OutboxClosed:
+            pass  # another call of close was quicker
 
     async def _stop(self, running: asyncio.Task[None]) -> None:
         assert self._manager is not None
-        await self._manager.leave()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
         try:
-            await self._outbox.leave()
+            await self._manager.leave()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            # Not awaited: on a full disk it would be tried for ever. Then the next opening takes this for a crash.
+            self._outbox.leave().add_done_callback(lambda left: left.cancelled() or left.exception())
         finally:
-            await self._outbox.close()
-            self._events.close()
-            self._pushed.set()
+            try:
+                await self._outbox.close()
+            finally:
+                self._events.close()
+                self._pushed.set()
 
     def _push(self, payload: str | bytes) -> None:
         self._pushes.append(payload)

@@ -7,13 +7,14 @@ foreign INSERT obeys the same caps through the view `durablews_outbox` (migratio
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from durablews.clock import Clock
 from durablews.errors import DurablewsError, MessageTooLarge, OutboxFull
-from durablews.messages import Draft, Entry, checksum
+from durablews.messages import Draft, Entry
+from durablews.page import read_page
 
 __all__ = ["Caps", "Claims", "Gap", "enqueue", "last_sequence", "outbox_time", "peek", "read_caps", "write_caps"]
 
@@ -22,10 +23,13 @@ Claims = Mapping[int, tuple[int, int]]
 
 _COLUMNS = "(priority, created_at, born, ttl, topic, headers, bytes, checksum, payload)"
 _ROW = "(?,?,?,?,?,?,?,?,?)"
-# 64 rows a statement cost 2.9 µs each, executemany 4.9 (1000 rows a transaction, measured).
-_ROWS_PER_STATEMENT = 64
-_INSERT_ONE = f"INSERT INTO durablews_entries {_COLUMNS} VALUES {_ROW}"
-_INSERT_MANY = f"INSERT INTO durablews_entries {_COLUMNS} VALUES {','.join([_ROW] * _ROWS_PER_STATEMENT)}"
+# 64 rows a statement cost 2.9 µs each, executemany 4.9 (1000 rows a transaction, measured); and each step of SQLite
+# gives up the interpreter lock, which a busy event loop returns after 5 ms. Powers of two: seven steps for any rest.
+_LARGEST_INSERT = 64
+_INSERTS = {
+    rows: f"INSERT INTO durablews_entries {_COLUMNS} VALUES {','.join([_ROW] * rows)}"
+    for rows in (_LARGEST_INSERT >> shift for shift in range(7))
+}
 
 _RESERVE = """
 UPDATE durablews_totals SET messages = messages + :n, bytes = bytes + :b, enqueued = enqueued + :n
@@ -197,15 +201,17 @@ def _reserve(connection: sqlite3.Connection, drafts: Sequence[Draft]) -> bool:
 
 def _insert(connection: sqlite3.Connection, drafts: Sequence[Draft], born: int, wall: int) -> int:
     """Write the rows and return the first sequence; the write lock makes the others follow it without a gap."""
-    rows = [(d.priority, wall, born, d.ttl, d.topic, d.headers, d.bytes, d.checksum, d.payload) for d in drafts]
-    whole = len(rows) - len(rows) % _ROWS_PER_STATEMENT
-    for start in range(0, whole, _ROWS_PER_STATEMENT):
-        values = [value for row in rows[start : start + _ROWS_PER_STATEMENT] for value in row]
-        connection.execute(_INSERT_MANY, values)
-    if whole < len(rows):
-        connection.executemany(_INSERT_ONE, rows[whole:])
+    start, size = 0, _LARGEST_INSERT
+    while start < len(drafts):
+        while size > len(drafts) - start:
+            size >>= 1
+        values: list[object] = []
+        for d in drafts[start : start + size]:
+            values += (d.priority, wall, born, d.ttl, d.topic, d.headers, d.bytes, d.checksum, d.payload)
+        connection.execute(_INSERTS[size], values)
+        start += size
     last: int = connection.execute("SELECT last_insert_rowid()").fetchone()[0]
-    return last - len(rows) + 1
+    return last - len(drafts) + 1
 
 
 def _make_room(connection: sqlite3.Connection, drafts: Sequence[Draft], caps: Caps, claims: Claims, wall: int) -> bool:
@@ -288,11 +294,6 @@ def _remember_ids(connection: sqlite3.Connection, named: Mapping[str, int]) -> N
     )
 
 
-_PEEK = """
-SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum
-FROM durablews_entries WHERE priority = ? AND seq > ? AND ack_state < 2 ORDER BY seq"""
-
-
 def peek(
     connection: sqlite3.Connection,
     *,
@@ -319,9 +320,9 @@ def peek(
     """
     entries: list[Entry] = []
     unfit: list[tuple[int, str]] = []
-    size, priority = 0, 101
     skipped = set(closed)
-    while len(entries) < limit:
+    priority = 101
+    while limit > 0:
         row = connection.execute(
             "SELECT max(priority) FROM durablews_entries WHERE priority < ? AND ack_state < 2", (priority,)
         ).fetchone()
@@ -330,46 +331,18 @@ def peek(
         priority = row[0]
         if priority in skipped:
             continue
-        for entry, fault in _rows(connection, priority, after.get(priority, 0)):
-            if fault is not None:
-                unfit.append((entry.seq, fault))
-            elif entries and size + entry.bytes > max_bytes:
-                return entries, unfit
-            else:
-                entries.append(entry)
-                size += entry.bytes
-            if len(entries) + len(unfit) >= limit:
-                return entries, unfit
+        page = read_page(
+            connection,
+            priority,
+            after.get(priority, 0),
+            limit=limit,
+            max_bytes=max_bytes,
+            at_least_one=not entries,
+        )
+        entries += page.entries
+        unfit += page.unfit
+        if page.full:
+            break
+        limit -= len(page.entries) + len(page.unfit)
+        max_bytes -= sum(entry.bytes for entry in page.entries)
     return entries, unfit
-
-
-def _rows(connection: sqlite3.Connection, priority: int, after: int) -> Iterator[tuple[Entry, str | None]]:
-    """Yield the rows of one priority as they are asked for, each with why it must not be sent, or None."""
-    while True:
-        cursor = connection.execute(_PEEK, (priority, after))
-        try:
-            for row in cursor:
-                after = row[0]
-                fault = "damaged" if row[9] is not None and checksum(row[2]) != row[9] else None
-                yield Entry(*row[:9]), fault
-            return
-        except sqlite3.OperationalError as exc:
-            if "UTF-8" not in str(exc):
-                raise
-        finally:
-            cursor.close()
-        entry, fault = _row_with_bad_text(connection, priority, after)
-        after = entry.seq
-        yield entry, fault
-
-
-def _row_with_bad_text(connection: sqlite3.Connection, priority: int, after: int) -> tuple[Entry, str]:
-    """Read the next row where some of its text is not UTF-8, which SQLite does not check."""
-    factory = connection.text_factory
-    connection.text_factory = bytes
-    try:
-        row = connection.execute(f"{_PEEK} LIMIT 1", (priority, after)).fetchone()
-    finally:
-        connection.text_factory = factory
-    # What has a checksum was valid when this library stored it.
-    return Entry(row[0], row[1], "", None, None, *row[5:9]), "not_utf8" if row[9] is None else "damaged"

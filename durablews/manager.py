@@ -114,8 +114,8 @@ class ConnectionManager:
         self.blocked: str | None = None
         self._next_attempt: int | None = None
         self.connects = 0
-        #: Set whenever something was settled, stored or changed: for those who wait for emptiness.
-        self.moved = asyncio.Event()
+        #: Set, and replaced by a new one, when something is settled, stored or changed: for who waits for emptiness.
+        self.moves = asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -129,9 +129,14 @@ class ConnectionManager:
         """Dial now instead of waiting for the next try."""
         self._wake.set()
 
+    def moved(self) -> None:
+        """Let those who wait for emptiness look again. Each has the event that it saw: none takes another's news."""
+        self.moves.set()
+        self.moves = asyncio.Event()
+
     def stored(self) -> None:
         """Take note that the outbox may hold more than before."""
-        self.moved.set()
+        self.moved()
         if self._link is not None:
             self._link.stored()
 
@@ -260,7 +265,7 @@ class ConnectionManager:
             elif isinstance(action, RenewStream):
                 await self._outbox.renew_stream()
         self._outbox.release_claims()
-        self.moved.set()
+        self.moved()
 
     def _introduction(self, stream: str, last: int) -> Introduction:
         return Introduction(stream, self._instance, last, self._settings.max_message_size, f"durablews/{__version__}")
@@ -305,7 +310,7 @@ class ConnectionManager:
     def _state_changed(self, before: State, after: State) -> None:
         _log.info("%s -> %s%s", before.value, after.value, f": {self.reason}" if self.reason else "")
         self._note_due.set()
-        self.moved.set()
+        self.moved()
 
     async def _watch(self) -> None:
         """Notice within 100 ms what other processes commit: the log's size or time changes.
@@ -332,6 +337,8 @@ class ConnectionManager:
                 self._report_departures(counts)
                 if counts.pending:
                     self.stored()
+                else:
+                    self.moved()
             await asyncio.sleep(_UPKEEP_INTERVAL)
 
     def _report_departures(self, counts: Counts) -> None:
@@ -341,7 +348,7 @@ class ConnectionManager:
             if left > 0:
                 self._events.put(Departed(reason, left))
                 self._outbox.look_again()
-                self.moved.set()
+                self.moved()
 
     async def _note_changes(self) -> None:
         """Write how the link stands when that changes, at most every 5 s."""

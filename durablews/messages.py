@@ -59,7 +59,7 @@ class Draft(msgspec.Struct, frozen=True):
 
 
 class Entry(NamedTuple):
-    """A row on its way out: a tuple, because a row is one already and every message passes through here. `created_at` is in milliseconds since 1970 UTC."""
+    """A row on its way out: a tuple, because every message passes here. `created_at` is in ms since 1970 UTC."""
 
     seq: int
     priority: int

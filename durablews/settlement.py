@@ -37,6 +37,9 @@ _EXPIRY_PAGE = 5_000
 _CLOCK_SAVED_EVERY = 60_000
 
 
+_DELETE_ALONG_INDEX = "DELETE FROM durablews_entries WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2"
+_DELETE_ALONG_ROWS = "DELETE FROM durablews_entries WHERE +priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2"
+
 # A ttl is found through its index. The age cap takes rows from the lowest sequence on while none of them is younger:
 # one that was requeued keeps its age and its turn, and may go a little after its time.
 _EXPIRE = """
@@ -76,10 +79,10 @@ def settle(connection: sqlite3.Connection, runs: Sequence[Run]) -> None:
 
 
 def _delete(connection: sqlite3.Connection, run: Run) -> int:
-    return connection.execute(
-        "DELETE FROM durablews_entries WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2",
-        (run.priority, run.first, run.last),
-    ).rowcount
+    # Where hardly anything else lies between, a walk along the rows costs a fifth less than one along the index.
+    dense = run.last - run.first < 4 * run.messages
+    statement = _DELETE_ALONG_ROWS if dense else _DELETE_ALONG_INDEX
+    return connection.execute(statement, (run.priority, run.first, run.last)).rowcount
 
 
 def mark_unanswered(connection: sqlite3.Connection, runs: Sequence[Run], wall: int) -> None:

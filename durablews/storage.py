@@ -8,6 +8,7 @@ only delays it, visibly in `trouble`, until it is done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,9 @@ _Enqueued = list[int | Gap] | DurablewsError
 
 # Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
 _LARGEST_TRANSACTION = 4000
+# Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
+# fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
+_SETTLE_MESSAGES, _SETTLE_DELAY = 2000, 0.05
 # Seconds between tries of owed changes while the disk fails: doubling from the first to the second.
 _RETRY_DELAYS = (0.5, 30.0)
 
@@ -40,6 +44,7 @@ class _Work:
         self.requests: list[tuple[Sequence[Draft], asyncio.Future[list[int | Gap]]]] = []
         self.changes: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
         self.runs: list[Run] = []
+        self.runs_since = 0.0
         self.reads: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
 
     def __bool__(self) -> bool:
@@ -62,7 +67,7 @@ class Storage:
         #: What its own drainer has read in order to send it: no policy of this process takes it. The connection's
         #: thread writes it in the same job that reads the entries, so that no later transaction can miss one.
         self.claims: dict[int, tuple[int, int]] = {}
-        #: Acknowledged runs whose deletion has just failed, for the reads that follow in the same job.
+        #: Acknowledged runs that are still in the file, for the reads of the same job.
         self.owed: Sequence[Run] = ()
         #: Called in the loop after messages were stored, after runs were settled, and when others may have left.
         self.on_stored: Callable[[], None] = lambda: None
@@ -76,6 +81,7 @@ class Storage:
         self._next = _Work()
         self._wake = asyncio.Event()
         self._closing = False
+        self._deferred = False
         # Of the drainer's connection: everything up to this data_version is synced, unless `_unsynced`.
         self._synced_version = -1
         self._unsynced = False
@@ -132,6 +138,8 @@ class Storage:
     def settle(self, run: Run) -> None:
         """Delete acknowledged entries in the next transaction."""
         runs = self._next.runs
+        if not runs:
+            self._next.runs_since = asyncio.get_running_loop().time()
         if runs and runs[-1].priority == run.priority and runs[-1].last < run.first:
             last = runs[-1]
             if run.first == last.last + 1:
@@ -184,10 +192,9 @@ class Storage:
         delay = _RETRY_DELAYS[0]
         try:
             while True:
-                if not self._next:
-                    if self._closing:
-                        return
-                    await self._wake.wait()
+                if not self._next and self._closing:
+                    return
+                await self._wait_for_work()
                 self._wake.clear()
                 work = self._take()
                 error = await self._perform(work)
@@ -206,6 +213,26 @@ class Storage:
             if self._db is not None:
                 self._db.stop()
             raise
+        except BaseException as exc:
+            # A defect of ours: nobody may wait for ever for a writer that is gone.
+            self._abandon(StorageFailed(self.path, f"a defect in durablews ended its writer: {exc!r}", stored=None))
+            raise
+
+    async def _wait_for_work(self) -> None:
+        """Return when there is something to do now: acknowledged runs may wait for company."""
+        work = self._next
+        if self._closing or work.requests or work.changes or work.reads:
+            return
+        if not work.runs:
+            await self._wake.wait()
+        elif self._deferred:
+            # More is being read to be sent, so more acks will come: the next read, or time, ends this.
+            self._deferred = False
+            self._wake.clear()
+            left = work.runs_since + _SETTLE_DELAY - asyncio.get_running_loop().time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, left)):
+                    await self._wake.wait()
 
     async def _pause(self, delay: float) -> None:
         deadline = asyncio.get_running_loop().time() + delay
@@ -219,6 +246,10 @@ class Storage:
 
     def _take(self) -> _Work:
         work, self._next = self._next, _Work()
+        if work.reads and not work.requests and not work.changes and not self._settling_is_due(work):
+            self._next.runs, work.runs = work.runs, []
+            self._next.runs_since = work.runs_since
+            self._deferred = bool(self._next.runs)
         count = 0
         for position, (drafts, _) in enumerate(work.requests):
             count += len(drafts)
@@ -229,10 +260,19 @@ class Storage:
                 break
         return work
 
+    def _settling_is_due(self, work: _Work) -> bool:
+        waited = asyncio.get_running_loop().time() - work.runs_since
+        return waited >= _SETTLE_DELAY or sum(run.messages for run in work.runs) >= _SETTLE_MESSAGES
+
     async def _perform(self, work: _Work) -> OutboxError | None:
         """Do one transaction's work; return why what is owed could not be written, after putting it back."""
         assert self._db is not None
-        results, error = await run_job(self._db, lambda connection: self._job(connection, work))
+        waiting = list(self._next.runs)
+        try:
+            results, error = await run_job(self._db, lambda connection: self._job(connection, work, waiting))
+        except BaseException:
+            self._next.requests[:0], self._next.changes[:0] = work.requests, work.changes
+            raise
         stored = False
         for (_, future), result in zip(work.requests, results, strict=True):
             stored = stored or not isinstance(result, Exception)
@@ -272,7 +312,9 @@ class Storage:
             database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
         return result
 
-    def _job(self, connection: sqlite3.Connection, work: _Work) -> tuple[list[_Enqueued], OutboxError | None]:
+    def _job(
+        self, connection: sqlite3.Connection, work: _Work, waiting: Sequence[Run]
+    ) -> tuple[list[_Enqueued], OutboxError | None]:
         """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
         requests = [drafts for drafts, _ in work.requests]
         results: list[_Enqueued] = []
@@ -291,7 +333,7 @@ class Storage:
                         error = None
                 elif requests:
                     error = None
-        self.owed = work.runs if error else ()
+        self.owed = [*waiting, *work.runs] if error else waiting
         for job, future in work.reads:
             try:
                 with database.storage_errors(self.path):

@@ -100,7 +100,7 @@ def drain(folder: Path, messages: int) -> float:
 
 
 def insert_directly(folder: Path, messages: int) -> float:
-    """Rows a second through sqlite3 executemany: same columns and indexes, no triggers, 1000 rows a transaction, FULL."""
+    """Rows a second through sqlite3 executemany: same columns and indexes, 1000 rows a transaction, FULL."""
     connection = sqlite3.connect(folder / "direct.db", isolation_level=None)
     for statement in split_statements(_migration()):
         if (
@@ -280,7 +280,8 @@ def _server(command: list[str]) -> Iterator[str]:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdin is not None
     try:
         yield process.stdout.readline().strip()
     finally:

@@ -78,7 +78,8 @@ class Backlog:
                 return None
             above = min((lane.priority for lane in self.lanes.values() if lane.ready), default=-101)
             room, room_bytes = BATCH_MESSAGES, BATCH_BYTES
-        self._reading = True
+        # Cleared before the read: what is stored, recorded or released while it runs asks for another one.
+        self._reading, self._stale, self._stale_above = True, above != -101, False
         after = {priority: lane.cursor for priority, lane in self.lanes.items()}
         return Want(self._generation, after, self._closed(now), min(room, 4 * BATCH_MESSAGES), room_bytes, above)
 
@@ -102,10 +103,10 @@ class Backlog:
         """
         if want.generation != self._generation:
             return []
-        self._reading = self._stale_above = False
+        self._reading = False
         unfit = list(unfit)
-        if not entries and not unfit and want.above == -101:
-            self._stale = False  # a read gives at least one entry of whatever waits, so nothing does
+        if entries or unfit:
+            self._stale = True  # a read gives at least one entry of whatever waits: only an empty one shows the end
         moved = {
             priority
             for priority, lane in self.lanes.items()
@@ -137,7 +138,7 @@ class Backlog:
     def _trim(self) -> None:
         """Forget what was read last for the lowest priority until it fits the bounds again."""
         most = self._config.window + 2 * BATCH_MESSAGES
-        while self.waiting > most:
+        while self.messages + self.waiting > most:
             lowest = min((lane for lane in self.lanes.values() if lane.ready), key=lambda lane: lane.priority)
             lowest.unread_last()
             self._stale = True

@@ -85,6 +85,7 @@ class Delivery:
         # Bytes of frames that were handed out, and that the socket has taken of them (C9).
         self._offset = self._taken = 0
         self._transmissions: list[Transmission] = []
+        self._astray = 0
         #: Whether this connection brought an ack.
         self.progressed = False
 
@@ -136,9 +137,9 @@ class Delivery:
         first = min(lanes, key=lambda lane: lane.flight[0].end, default=None)
         entry = first.oldest if first else None
         largest = max((len(transmission.entries) for lane in lanes for transmission in lane.flight), default=0)
-        verdict = self._suspicion.judge(
-            closed, (entry.priority, entry.seq) if entry else None, self._backlog.messages, now
-        )
+        # What a nack took back from behind the nacked one may still lie unread at the server, and be what it closes for.
+        unread = self._backlog.messages + self._astray
+        verdict = self._suspicion.judge(closed, (entry.priority, entry.seq) if entry else None, unread, now)
         if runs:
             self._actions.append(MarkUnanswered(runs))
         if verdict is Verdict.SHARED:
@@ -185,7 +186,8 @@ class Delivery:
         elif isinstance(answer, Ready):
             self._welcomed(answer, now)
         elif isinstance(answer, Farewell):
-            self._bye_by = now + _LONGEST_BYE
+            if self._bye_by is None:
+                self._bye_by = now + _LONGEST_BYE
             self._actions.append(Postpone(min(answer.retry, _LONGEST_RETRY)))
 
     def _welcomed(self, answer: Ready, now: float) -> None:
@@ -206,7 +208,10 @@ class Delivery:
 
     def _set_window(self, window: int, now: float) -> None:
         self._window = min(window, self._config.window)
-        self._paused_since = now if window == 0 else None
+        if window:
+            self._paused_since = None
+        elif self._paused_since is None:
+            self._paused_since = now
 
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
@@ -229,6 +234,7 @@ class Delivery:
             self.stray_answers += 1
             return
         run, first = run_of(taken), taken[0]
+        self._astray += len(taken) - 1
         self._backlog.landed(run)
         self._suspicion.answered(first.priority, first.seq)
         self._actions.append(TakeBack(run))

@@ -1,0 +1,167 @@
+"""Reads a page of waiting entries of one priority, in two steps of SQLite however many rows it has.
+
+Python's sqlite3 gives up the interpreter lock for every row that it steps to, and while the event loop is busy it gets
+it back after the switch interval only: 5 ms a row, measured 3.3 ms a row beside a busy loop against 15 µs for a page in
+one value. So the rows' facts come as one JSON text and their payloads as one blob.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from durablews.messages import Entry, checksum
+
+__all__ = ["Page", "read_page"]
+
+_WAITING = "FROM durablews_entries WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"
+
+# The size of a payload without touching it: a large one lies on pages of its own.
+_FACTS = f"""
+SELECT json_group_array(json_array(
+    seq, typeof(payload) = 'text',
+    bytes - coalesce(length(CAST(topic AS BLOB)), 0) - coalesce(length(CAST(headers AS BLOB)), 0),
+    topic, headers, created_at, bytes, transmissions, nacks, checksum))
+FROM (SELECT * {_WAITING} LIMIT :limit)"""
+
+_PAYLOADS = """
+SELECT CAST(group_concat(payload, '') AS BLOB) FROM (
+    SELECT payload FROM durablews_entries
+    WHERE priority = :priority AND seq BETWEEN :first AND :last AND ack_state < 2 ORDER BY seq LIMIT :limit)"""
+
+_ROWS = f"SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum {_WAITING}"
+
+_Facts = tuple[int, int, int, str | None, str | None, int, int, int, int, int | None]
+_decode_facts = msgspec.json.Decoder(list[_Facts]).decode
+_new_entry = tuple.__new__
+
+
+class Page(NamedTuple):
+    """What was read: entries, and the sequences that must not be sent with why; `full`: a bound ended it."""
+
+    entries: list[Entry]
+    unfit: list[tuple[int, str]]
+    full: bool
+
+
+def read_page(
+    connection: sqlite3.Connection, priority: int, after: int, *, limit: int, max_bytes: int, at_least_one: bool
+) -> Page:
+    """Return the next entries of one priority, along its index: the cost does not depend on how much waits.
+
+    Args:
+        limit: at most so many rows.
+        max_bytes: at most so many bytes of payloads, topics and headers.
+        at_least_one: return the first entry whatever its size.
+    """
+    try:
+        return _read_at_once(connection, priority, after, limit, max_bytes, at_least_one)
+    except (_Irregular, sqlite3.OperationalError, msgspec.DecodeError) as exc:
+        if isinstance(exc, sqlite3.OperationalError) and "UTF-8" not in str(exc):
+            raise
+        # Text that is not UTF-8, sizes or checksums that are off: row by row shows which one it is.
+        return _read_by_row(connection, priority, after, limit, max_bytes, at_least_one)
+
+
+class _Irregular(Exception):
+    """A page is not what its rows say."""
+
+
+def _read_at_once(
+    connection: sqlite3.Connection, priority: int, after: int, limit: int, max_bytes: int, at_least_one: bool
+) -> Page:
+    row = connection.execute(_FACTS, {"priority": priority, "after": after, "limit": limit}).fetchone()
+    facts = _decode_facts(row[0])
+    size = taken = 0
+    for fact in facts:
+        size += fact[6]
+        if size > max_bytes and (taken or not at_least_one):
+            break
+        taken += 1
+    full = taken < len(facts) or len(facts) == limit
+    del facts[taken:]
+    if not facts:
+        return Page([], [], full)
+    bounds = {"priority": priority, "first": facts[0][0], "last": facts[-1][0], "limit": taken}
+    payloads = connection.execute(_PAYLOADS, bounds).fetchone()[0] or b""
+    entries: list[Entry] = []
+    start = 0
+    for seq, is_text, length, topic, headers, created_at, row_bytes, transmissions, nacks, kept in facts:
+        end = start + length
+        payload = payloads[start:end]
+        start = end
+        if kept is not None and zlib.crc32(payload) != kept:
+            raise _Irregular
+        try:
+            fields = (
+                seq,
+                priority,
+                payload.decode() if is_text else payload,
+                topic,
+                headers,
+                created_at,
+                row_bytes,
+                transmissions,
+                nacks,
+            )
+        except UnicodeDecodeError:
+            raise _Irregular from None
+        entries.append(_new_entry(Entry, fields))
+    if start != len(payloads):
+        raise _Irregular
+    return Page(entries, [], full)
+
+
+def _read_by_row(
+    connection: sqlite3.Connection, priority: int, after: int, limit: int, max_bytes: int, at_least_one: bool
+) -> Page:
+    entries: list[Entry] = []
+    unfit: list[tuple[int, str]] = []
+    size = 0
+    for entry, fault in _rows(connection, priority, after):
+        if fault is not None:
+            unfit.append((entry.seq, fault))
+        elif size + entry.bytes > max_bytes and (entries or not at_least_one):
+            return Page(entries, unfit, True)
+        else:
+            entries.append(entry)
+            size += entry.bytes
+        if len(entries) + len(unfit) >= limit:
+            return Page(entries, unfit, True)
+    return Page(entries, unfit, False)
+
+
+def _rows(connection: sqlite3.Connection, priority: int, after: int) -> Iterator[tuple[Entry, str | None]]:
+    """Yield the rows of one priority as they are asked for, each with why it must not be sent, or None."""
+    while True:
+        cursor = connection.execute(_ROWS, {"priority": priority, "after": after})
+        try:
+            for row in cursor:
+                after = row[0]
+                fault = "damaged" if row[9] is not None and checksum(row[2]) != row[9] else None
+                yield Entry(*row[:9]), fault
+            return
+        except sqlite3.OperationalError as exc:
+            if "UTF-8" not in str(exc):
+                raise
+        finally:
+            cursor.close()
+        entry, fault = _row_with_bad_text(connection, priority, after)
+        after = entry.seq
+        yield entry, fault
+
+
+def _row_with_bad_text(connection: sqlite3.Connection, priority: int, after: int) -> tuple[Entry, str]:
+    """Read the next row where some of its text is not UTF-8, which SQLite does not check."""
+    factory = connection.text_factory
+    connection.text_factory = bytes
+    try:
+        row = connection.execute(f"{_ROWS} LIMIT 1", {"priority": priority, "after": after}).fetchone()
+    finally:
+        connection.text_factory = factory
+    # What has a checksum was valid when this library stored it.
+    return Entry(row[0], row[1], "", None, None, *row[5:9]), "not_utf8" if row[9] is None else "damaged"
