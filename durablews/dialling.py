@@ -16,6 +16,7 @@ import websockets
 from msgspec import Struct
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidProxyStatus, InvalidStatus, InvalidURI, NegotiationError, SecurityError
+from websockets.uri import parse_uri
 
 from durablews import __version__
 from durablews.config import Settings
@@ -64,6 +65,19 @@ class _NoSecrets(logging.LoggerAdapter[logging.Logger]):
         return level > logging.DEBUG and super().isEnabledFor(level)
 
 
+class _Connect(connect):
+    """Follows redirects, but takes no headers of ours to another server: any of them may be a credential."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        before = self.ws_uri
+        target = super().process_redirect(exc)
+        if isinstance(target, str) and self.additional_headers:
+            after = parse_uri(target)
+            if (before.secure, before.host, before.port) != (after.secure, after.host, after.port):
+                return SecurityError("a redirect to another server")
+        return target
+
+
 def redacted(url: str) -> str:
     """Return a URL without what may be secret in it: user, password, query, fragment."""
     parts = urlsplit(url)
@@ -93,9 +107,9 @@ async def dial(endpoint: Endpoint, settings: Settings, subprotocols: tuple[str, 
     options: dict[str, Any] = {}
     if url.startswith("wss://"):
         options["ssl"] = _tls(settings)
-    shown = redacted(url)
     try:
-        websocket = await connect(
+        shown = redacted(url)
+        websocket = await _Connect(
             url,
             additional_headers=headers,
             subprotocols=[websockets.Subprotocol(name) for name in subprotocols],
@@ -125,8 +139,12 @@ async def dial(endpoint: Endpoint, settings: Settings, subprotocols: tuple[str, 
         raise DialFailed(f"the name of {shown} cannot be resolved: {exc.strerror}") from exc
     except OSError as exc:
         raise DialFailed(f"{shown} cannot be reached: {exc.strerror or type(exc).__name__}") from exc
-    except (websockets.WebSocketException, EOFError, ValueError) as exc:
+    except (websockets.WebSocketException, EOFError) as exc:
         raise DialFailed(f"{shown} did not answer as a WebSocket server: {type(exc).__name__}") from exc
+    except Exception as exc:
+        # An address, a header or a proxy that cannot be used, or a package that a proxy needs; no texts: they may hold
+        # what is secret.
+        raise DialFailed(f"the url, headers or proxy cannot be used: {type(exc).__name__}", blocked=True) from exc
     return websocket, shown
 
 
@@ -135,7 +153,7 @@ def server_date(websocket: ClientConnection) -> int | None:
     text = websocket.response.headers.get("Date") if websocket.response else None
     try:
         return int(parsedate_to_datetime(text).timestamp() * 1000) if text else None
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return None
 
 
@@ -147,7 +165,11 @@ def check_endpoint(url: Provided) -> None:
     """
     if callable(url):
         return
-    if not isinstance(url, str) or not url.startswith(("ws://", "wss://")) or not urlsplit(url).hostname:
+    try:
+        usable = isinstance(url, str) and url.startswith(("ws://", "wss://")) and bool(urlsplit(url).hostname)
+    except ValueError:  # half an IPv6 address
+        usable = False
+    if not usable:
         raise ConfigError("url must begin with ws:// or wss:// and name a host")
 
 

@@ -83,11 +83,11 @@ class Link:
 
     async def run(self, welcome_by: float) -> Closed:
         """Say hello, drain, and return how it ended; without a welcome by `welcome_by` it is closed with 4408."""
-        stream, last = await self._outbox.introduce()
-        self._delivery.connected(self._wire, self._introduction(stream, last))
-        reader = self._spawn(self._read(), "reader")
-        self._spawn(self._send(), "sender")
         try:
+            stream, last = await self._outbox.introduce()
+            self._delivery.connected(self._wire, self._introduction(stream, last))
+            reader = self._spawn(self._read(), "reader")
+            self._spawn(self._send(), "sender")
             return await self._steer(reader, welcome_by)
         finally:
             tasks = list(self._tasks)
@@ -207,6 +207,8 @@ class Link:
 
     def _act(self) -> None:
         """Do what `Delivery` asks, read what it wants, and let the sender look again."""
+        if self.ended.is_set():
+            return  # a write that was late: what `Delivery` wants now is the next connection's to do
         self._carry_out()
         self._sendable.set()
         self._changed.set()

@@ -169,13 +169,13 @@ class ConnectionManager:
         while True:
             self._lifecycle.apply(event)
             outcome = await self._attempt()
+            self.reason, self.blocked = outcome.reason, outcome.blocked
             self._lifecycle.apply(LinkEvent.LOST)
             stable = outcome.connected_for >= self._settings.reconnect.stable_after
             if outcome.progressed or stable:
                 self._backoff.reset()
                 failures = 0
             failures += 1
-            self.reason, self.blocked = outcome.reason, outcome.blocked
             most = self._settings.reconnect.max_retries
             if most is not None and failures > most:
                 self._lifecycle.apply(LinkEvent.EXHAUSTED)
@@ -241,6 +241,9 @@ class ConnectionManager:
         except asyncio.CancelledError:
             closed = Closed(code=1001, reason="the client is closing", leaving=True)
             raise
+        except OutboxError as exc:
+            self._outbox.storage.trouble = exc.what
+            closed = Closed(code=1011, reason="the outbox cannot be used", leaving=True)
         except Exception as exc:
             _log.exception("a defect in durablews ended a connection; it will be tried again")
             closed = Closed(code=1011, reason=f"a defect in durablews: {exc!r}", leaving=True)
@@ -248,7 +251,10 @@ class ConnectionManager:
             self._link = None
             self._delivery.disconnected(closed, now())
             websocket.transport.abort()
-            await asyncio.shield(self._settle_accounts())
+            try:
+                await asyncio.shield(self._settle_accounts())
+            except OutboxError:
+                pass  # the outbox is closing: its next opening counts what was in flight as sent
         self._events.put(Disconnected(closed.code, closed.reason))
         return self._judge(closed, link, now() - started)
 
@@ -271,9 +277,9 @@ class ConnectionManager:
         return Introduction(stream, self._instance, last, self._settings.max_message_size, f"durablews/{__version__}")
 
     def _welcomed(self, shown: str) -> None:
+        self.reason = self.blocked = None
         self._lifecycle.apply(LinkEvent.WELCOMED)
         self.connects += 1
-        self.reason = self.blocked = None
         self._events.put(Connected(shown))
 
     def _failed(self, exc: DialFailed) -> Outcome:

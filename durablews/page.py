@@ -18,7 +18,8 @@ from durablews.messages import Entry, checksum
 
 __all__ = ["Page", "read_page"]
 
-_WAITING = "FROM durablews_entries WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"
+# Named, because between two sequences SQLite would rather walk the rows: all those of other priorities in between.
+_WAITING = "FROM durablews_entries INDEXED BY durablews_queue WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"
 
 # The size of a payload without touching it: a large one lies on pages of its own.
 _FACTS = f"""
@@ -30,7 +31,7 @@ FROM (SELECT * {_WAITING} LIMIT :limit)"""
 
 _PAYLOADS = """
 SELECT CAST(group_concat(payload, '') AS BLOB) FROM (
-    SELECT payload FROM durablews_entries
+    SELECT payload FROM durablews_entries INDEXED BY durablews_queue
     WHERE priority = :priority AND seq BETWEEN :first AND :last AND ack_state < 2 ORDER BY seq LIMIT :limit)"""
 
 _ROWS = f"SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum {_WAITING}"

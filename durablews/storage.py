@@ -210,8 +210,8 @@ class Storage:
                 delay = min(delay * 2, _RETRY_DELAYS[1])
         except asyncio.CancelledError:
             # The loop is going down without close(): the connection's thread would keep the interpreter alive.
-            if self._db is not None:
-                self._db.stop()
+            if self._db is not None and (stopped := self._db.stop()) is not None:
+                await stopped  # while there is a loop to be told
             raise
         except BaseException as exc:
             # A defect of ours: nobody may wait for ever for a writer that is gone.

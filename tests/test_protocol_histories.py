@@ -212,7 +212,7 @@ class History:
             possible.append(self._commit)
         if self.news:
             possible.append(self._next_news)
-        if self.late and (self.off != "S6" or self._chance(0.1)):
+        if self.late and (self.off != "S6" or self._chance(0.05)):
             possible.append(self._serve_late)
         if link is None:
             possible.append(self._connect)
@@ -609,7 +609,7 @@ class History:
     def _serve_late(self) -> None:
         """The server reads on, on a connection that the client has left."""
         old = self.rng.choice(self.late)
-        if not old.to_server or old.closed or self._chance(0.1):
+        if not old.to_server or old.closed or self._chance(0.02):
             self.late.remove(old)
             return
         self._serve_one(old, crashes=False)

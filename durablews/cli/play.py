@@ -32,7 +32,7 @@ _LOOK, _MUTE, _OUTAGE, _MOURNING = 0.08, 0.12, 0.9, 0.5
 #: What part of the lines is acknowledged between one break and the next. The rest is the last stretch.
 _ACT = 0.18
 # So many lines the agent has in its hands when it is killed. No more than its window can be in doubt.
-_IN_ITS_HANDS, _MOST_DOUBTFUL = 300, 4096
+_IN_ITS_HANDS, _MOST_DOUBTFUL = 600, 4096
 
 
 class Failed(Exception):
@@ -131,9 +131,11 @@ class Play:
         agent, hearing = self._agent, self._hearing
         assert agent is not None
         assert hearing is not None
-        # It dies while it stores: of these it has not said that they are safe.
+        # It dies while it stores: it has said of the first of these that they are safe, and not of the others.
+        before = len(self._sent)
         self._hand(self._next(_IN_ITS_HANDS))
-        await self._sleep(_LOOK / 4)
+        while self._stored <= before:
+            await self._sleep(0.001)
         self._agent = None
         await agent.kill()
         await hearing
@@ -181,9 +183,10 @@ class Play:
     async def _outage(self, why: str) -> None:
         """Let more gather, and something urgent among it, for as long as the break lasts."""
         self._room = self._usual * 3 // 2
-        self._timeline.event("urgent", f"an alarm is sent behind {count(self._pending())} that wait", "yellow")
+        await self._sleep(_OUTAGE / 2)
+        self._timeline.event("urgent", f"an alarm is sent, behind {count(self._pending())} that wait", "yellow")
         self._hand([(_HIGH, f"ALARM: {why}".encode())])
-        await self._sleep(_OUTAGE)
+        await self._sleep(_OUTAGE / 2)
         await self._look()
         self._check_waiting(why)
         self._room = self._usual
