@@ -19,7 +19,9 @@ from durablews.messages import Entry, checksum
 __all__ = ["Page", "read_page"]
 
 # Named, because between two sequences SQLite would rather walk the rows: all those of other priorities in between.
-_WAITING = "FROM durablews_entries INDEXED BY durablews_queue WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"
+_WAITING = """
+FROM durablews_entries INDEXED BY durablews_queue
+WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"""
 
 # The size of a payload without touching it: a large one lies on pages of its own.
 _FACTS = f"""
