@@ -8,9 +8,11 @@ one value. So the rows' facts come as one JSON text and their payloads as one bl
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate, repeat
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
@@ -23,12 +25,13 @@ _WAITING = """
 FROM durablews_entries INDEXED BY durablews_queue
 WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"""
 
-# The size of a payload without touching it: a large one lies on pages of its own.
+# What every row has, and what few have. Nothing here touches a payload: a large one lies on pages of its own.
 _FACTS = f"""
-SELECT json_group_array(json_array(
-    seq, typeof(payload) = 'text',
-    bytes - coalesce(length(CAST(topic AS BLOB)), 0) - coalesce(length(CAST(headers AS BLOB)), 0),
-    topic, headers, created_at, bytes, transmissions, nacks, checksum))
+SELECT json_group_array(json_array(seq, created_at, bytes, checksum, typeof(payload) = 'text')),
+       json_group_array(json_array(
+           seq, topic, headers, transmissions, nacks,
+           coalesce(length(CAST(topic AS BLOB)), 0) + coalesce(length(CAST(headers AS BLOB)), 0)))
+           FILTER (WHERE topic IS NOT NULL OR headers IS NOT NULL OR transmissions + nacks > 0)
 FROM (SELECT * {_WAITING} LIMIT :limit)"""
 
 _PAYLOADS = """
@@ -38,9 +41,12 @@ SELECT CAST(group_concat(payload, '') AS BLOB) FROM (
 
 _ROWS = f"SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum {_WAITING}"
 
-_Facts = tuple[int, int, int, str | None, str | None, int, int, int, int, int | None]
-_decode_facts = msgspec.json.Decoder(list[_Facts]).decode
-_new_entry = tuple.__new__
+_decode_facts = msgspec.json.Decoder(list[tuple[int, int, int, int | None, int]]).decode
+_decode_extras = msgspec.json.Decoder(list[tuple[int, str | None, str | None, int, int, int]]).decode
+_NO_EXTRAS = (None, None, 0, 0, 0)
+# Bulk steps in C: a loop of Python statements over the rows costs as much again as all of SQLite's work.
+_as_entry = partial(tuple.__new__, Entry)
+_NONE, _ZERO = repeat(None), repeat(0)
 
 
 class Page(NamedTuple):
@@ -77,11 +83,12 @@ class _Irregular(Exception):
 def _read_at_once(
     connection: sqlite3.Connection, priority: int, after: int, limit: int, max_bytes: int, at_least_one: bool
 ) -> Page:
-    row = connection.execute(_FACTS, {"priority": priority, "after": after, "limit": limit}).fetchone()
-    facts = _decode_facts(row[0])
+    columns = connection.execute(_FACTS, {"priority": priority, "after": after, "limit": limit}).fetchone()
+    facts = _decode_facts(columns[0])
+    extras = {seq: rest for seq, *rest in _decode_extras(columns[1])} if columns[1] != "[]" else {}
     size = taken = 0
     for fact in facts:
-        size += fact[6]
+        size += fact[2]
         if size > max_bytes and (taken or not at_least_one):
             break
         taken += 1
@@ -90,33 +97,30 @@ def _read_at_once(
     if not facts:
         return Page([], [], full)
     bounds = {"priority": priority, "first": facts[0][0], "last": facts[-1][0], "limit": taken}
-    payloads = connection.execute(_PAYLOADS, bounds).fetchone()[0] or b""
-    entries: list[Entry] = []
-    start = 0
-    for seq, is_text, length, topic, headers, created_at, row_bytes, transmissions, nacks, kept in facts:
-        end = start + length
-        payload = payloads[start:end]
-        start = end
-        if kept is not None and zlib.crc32(payload) != kept:
-            raise _Irregular
-        try:
-            fields = (
-                seq,
-                priority,
-                payload.decode() if is_text else payload,
-                topic,
-                headers,
-                created_at,
-                row_bytes,
-                transmissions,
-                nacks,
-            )
-        except UnicodeDecodeError:
-            raise _Irregular from None
-        entries.append(_new_entry(Entry, fields))
-    if start != len(payloads):
+    payloads: bytes = connection.execute(_PAYLOADS, bounds).fetchone()[0] or b""
+    seqs, created, sizes, kept, are_text = zip(*facts, strict=True)
+    lengths = (
+        sizes
+        if not extras
+        else tuple(size - extras.get(seq, _NO_EXTRAS)[4] for seq, size in zip(seqs, sizes, strict=True))
+    )
+    ends = list(accumulate(lengths))
+    if ends[-1] != len(payloads):
         raise _Irregular
-    return Page(entries, [], full)
+    slices: list[Any] = [payloads[end - length : end] for length, end in zip(lengths, ends, strict=True)]
+    if any(is_kept != found for is_kept, found in zip(kept, map(crc32, slices), strict=True) if is_kept is not None):
+        raise _Irregular
+    try:
+        slices = [part.decode() if is_text else part for part, is_text in zip(slices, are_text, strict=True)]
+    except UnicodeDecodeError:
+        raise _Irregular from None
+    if extras:
+        beside = [extras.get(seq, _NO_EXTRAS) for seq in seqs]
+        topics, headers, transmissions, nacks, _ = zip(*beside, strict=True)
+        rows = zip(seqs, repeat(priority), slices, topics, headers, created, sizes, transmissions, nacks)
+    else:
+        rows = zip(seqs, repeat(priority), slices, _NONE, _NONE, created, sizes, _ZERO, _ZERO)
+    return Page(list(map(_as_entry, rows)), [], full)
 
 
 def _read_by_row(

@@ -17,13 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import durablews
 from durablews.schema import split_statements
+
+if TYPE_CHECKING:
+    from websockets.asyncio.server import Server
 
 PAYLOAD = b"x" * 256
 CALLERS = 1000
@@ -75,7 +78,17 @@ def send_many(folder: Path, messages: int) -> float:
 
 
 def drain(folder: Path, messages: int) -> float:
+    """Messages a second from an outbox to a receiver that counts them, until the last is acknowledged."""
+    return _drain(folder, messages, [sys.executable, __file__, "--receiver", str(folder / "seen.db")])
+
+
+def drain_to_serve(folder: Path, messages: int) -> float:
     """Messages a second from an outbox to `durablews serve`, which stores them, until the last is acknowledged."""
+    command = [sys.executable, "-m", "durablews", "serve", "--port", "0", "--store", str(folder / "inbox.db")]
+    return _drain(folder, messages, command)
+
+
+def _drain(folder: Path, messages: int, command: list[str]) -> float:
     path = folder / "drain.db"
 
     async def fill() -> None:
@@ -91,7 +104,6 @@ def drain(folder: Path, messages: int) -> float:
             return messages / (time.perf_counter() - started)
 
     asyncio.run(fill())
-    command = [sys.executable, "-m", "durablews", "serve", "--port", "0", "--store", str(folder / "inbox.db")]
     with _server(command) as url:
         return asyncio.run(run(url))
 
@@ -151,6 +163,32 @@ def send_raw(folder: Path, messages: int) -> float:
         return asyncio.run(run(url))
 
 
+async def receiver(store: str) -> None:
+    """Take what a client sends, once each and in order, its numbers synced to disk, and count it."""
+    from websockets.asyncio.server import ServerConnection, serve
+
+    from durablews.receiver import Receiver, select_subprotocol
+
+    def count(connection: sqlite3.Connection, stream: str, priority: int, items: Sequence[object]) -> None:
+        counted[0] += len(items)
+
+    counted = [0]
+    async with Receiver(store) as receiver:
+
+        async def handle(websocket: ServerConnection) -> None:
+            await receiver.serve(websocket, count)
+
+        async with serve(
+            handle, "127.0.0.1", 0, compression=None, max_size=None, select_subprotocol=select_subprotocol
+        ) as server:
+            await _until_stdin_ends(server)
+
+
+async def _until_stdin_ends(server: Server) -> None:
+    print(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
 async def raw_server() -> None:
     """Receive frames and acknowledge every 64th."""
     from websockets.asyncio.server import ServerConnection, serve
@@ -163,9 +201,7 @@ async def raw_server() -> None:
                 await websocket.send(str(count))
 
     async with serve(handle, "127.0.0.1", 0, compression=None, max_size=None) as server:
-        port = next(iter(server.sockets)).getsockname()[1]
-        print(f"ws://127.0.0.1:{port}", flush=True)
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        await _until_stdin_ends(server)
 
 
 ROWS = [
@@ -189,10 +225,19 @@ ROWS = [
     ),
     Row(
         "drain",
-        "drain 100 000 to `serve` in another process, which stores them",
+        "drain 100 000 to a receiver in another process, which counts them",
         "raw ws.send, a frame each, an ack for 64",
         4.0,
         drain,
+        send_raw,
+        100_000,
+    ),
+    Row(
+        "drain-serve",
+        "drain 100 000 to `durablews serve`, which stores them on the same disk",
+        "raw ws.send, a frame each, an ack for 64, nothing stored",
+        0.0,
+        drain_to_serve,
         send_raw,
         100_000,
     ),
@@ -209,9 +254,13 @@ def main() -> int:
     parser.add_argument("--folder", help="where the files lie; its disk is what is measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--raw-server", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--receiver", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.raw_server:
         asyncio.run(raw_server())
+        return 0
+    if args.receiver:
+        asyncio.run(receiver(args.receiver))
         return 0
     rows = [row for row in ROWS if args.only is None or row.name in args.only]
     results = {row.name: ([], []) for row in rows}  # type: dict[str, tuple[list[float], list[float]]]
@@ -255,7 +304,7 @@ def _table(rows: list[Row], results: dict[str, tuple[list[float], list[float]]])
         figures = _figures(row, *results[row.name])
         spread = f"({figures['ratio_min']:.2f}..{figures['ratio_max']:.2f})"
         print(
-            f"{row.name:<11}{figures['ratio']:>7.2f}  {spread:<14}{row.goal:>6.2f}"
+            f"{row.name:<11}{figures['ratio']:>7.2f}  {spread:<14}{row.goal or '':>6}"
             f"{figures['per_second']:>11,.0f}{figures['baseline_per_second']:>11,.0f}"
         )
     for row in rows:

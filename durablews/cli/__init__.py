@@ -10,17 +10,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from io import TextIOWrapper
 
 from durablews import __version__
-from durablews.cli import demo, inspect, run, send, serve
 from durablews.cli.formats import printable
 from durablews.errors import ConfigError, DurablewsError, OutboxError, OutboxFull, PayloadError
 
 __all__ = ["build_parser", "main"]
 
 # In the order of a newcomer's questions.
-_VERBS = {"demo": demo, "send": send, "inspect": inspect, "run": run, "serve": serve}
+_VERBS = {name: import_module(f"durablews.cli.{name}") for name in ("demo", "send", "inspect", "run", "serve")}
 
 _EPILOG = """\
 examples:
