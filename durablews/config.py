@@ -7,6 +7,7 @@ Durations are seconds as numbers, or texts such as ``"30s"``, ``"5m"``, ``"72h"`
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Seconds without an ack, counted from the last byte that the socket took, after which the link is left.
     ack_timeout: Seconds = 30.0
     #: Messages a second; None: as fast as the server answers.
-    rate_limit: Annotated[float, Meta(gt=0)] | None = None
+    rate_limit: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     #: What a "try again later" does: hold its priority back in order, or send the message to the back of its queue.
     on_retry: Literal["block", "requeue"] = "block"
     #: Such answers after which a message becomes a dead letter; None: never.
@@ -183,7 +184,8 @@ def read_settings(value: S | Mapping[str, Any] | None, kind: type[S], where: str
         return msgspec.convert(_plain(value, kind, where), kind)
     except (msgspec.ValidationError, ValueError, TypeError) as exc:
         text, _, place = str(exc).partition(" - at `$")
-        raise ConfigError(f"{where}{place.rstrip('`')}: {text}" if where else f"{place.strip('.`')}: {text}") from None
+        setting = where + place.rstrip("`") if where else place.strip(".`")
+        raise ConfigError(f"{setting}: {text}" if setting else text) from None
 
 
 def merge(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -241,7 +243,8 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         target = found
         for name in tables:
             target = target.setdefault(name, {})
-        target[key] = _number(text)
+        kind = _table(Settings, tables[0]) if tables else Settings
+        target[key] = text if kind is not None and _is_text(kind, key) else _number(text)
     return found
 
 
@@ -267,7 +270,10 @@ def parse_size(text: str) -> int:
     if not match:
         raise ConfigError(f'{text!r} is not a size; write "50MB" or "1GiB"')
     power = " KMGT".index((match[2] or " ").upper())
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if size == math.inf:
+        raise ConfigError("a size is less than 4 EiB")
+    return int(size)
 
 
 def _plain(value: Mapping[str, Any], kind: type[Struct], where: str) -> dict[str, Any]:
@@ -308,6 +314,11 @@ def _value(given: Any, annotation: Any) -> Any:
 def _table(kind: type[Struct], name: str) -> type[Struct] | None:
     annotation = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Struct) else None
+
+
+def _is_text(kind: type[Struct], name: str) -> bool:
+    annotation = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+    return str in (annotation, *get_args(annotation))
 
 
 def _number(text: str) -> Any:

@@ -69,9 +69,9 @@ class _Connect(connect):
     """Follows redirects, but takes no headers of ours to another server: any of them may be a credential."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        before = self.ws_uri
+        before, headers = self.ws_uri, self.additional_headers
         target = super().process_redirect(exc)
-        if isinstance(target, str) and self.additional_headers:
+        if isinstance(target, str) and headers:
             after = parse_uri(target)
             if (before.secure, before.host, before.port) != (after.secure, after.host, after.port):
                 return SecurityError("a redirect to another server")

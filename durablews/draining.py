@@ -9,15 +9,18 @@ import socket
 import sqlite3
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from durablews import entries, identity, settlement
 from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
+from durablews.delivery.backlog import READ_AHEAD_MESSAGES
 from durablews.errors import OutboxInUse, StorageFailed
 from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
+from durablews.storage import SETTLE_MESSAGES
 
-__all__ = ["DrainedOutbox", "LinkNote", "Page"]
+__all__ = ["DrainedOutbox", "LinkNote", "Page", "exposure"]
 
 # Seconds that a second client waits for the first to go, and between its looks.
 _OWNERSHIP_WAIT, _OWNERSHIP_LOOK = 5.0, 0.05
@@ -43,6 +46,16 @@ class LinkNote(Struct, frozen=True):
     next_attempt: int | None = None
 
 
+def exposure(window: int) -> int:
+    """Return how many entries of one priority may lie first in the file although they were sent.
+
+    PROTOCOL.md C3 counts those in flight, `window` at most. But what was acknowledged lies there as well until its
+    deletion is committed: what waits for company, what is being written, and what is acknowledged while it is, which
+    the read-ahead bounds, for nothing more is read meanwhile.
+    """
+    return window + 2 * (window + READ_AHEAD_MESSAGES) + SETTLE_MESSAGES
+
+
 class DrainedOutbox(Outbox):
     """An outbox that this process, and no other, drains.
 
@@ -55,7 +68,7 @@ class DrainedOutbox(Outbox):
 
     window = 1024
 
-    async def open(self) -> None:
+    async def _open(self) -> None:
         """Take the right to drain and open the file.
 
         Raises:
@@ -68,7 +81,7 @@ class DrainedOutbox(Outbox):
                 raise OutboxInUse(self.path, holder)
             await asyncio.sleep(_OWNERSHIP_LOOK)
         try:
-            await super().open()
+            await super()._open()
         except BaseException:
             self._ownership.release()
             raise
@@ -90,13 +103,13 @@ class DrainedOutbox(Outbox):
             connection,
             self.path,
             machine=identity.machine_id(),
-            window=self.window,
+            window=exposure(self.window),
             draw=secrets.randbelow,
         )
 
     async def close(self) -> None:
         """Finish what was handed over, close the file, give the right to drain back."""
-        if os.getpid() != self._pid:
+        if not self._opened or os.getpid() != self._pid:
             return
         try:
             await super().close()
@@ -144,26 +157,33 @@ class DrainedOutbox(Outbox):
 
     # -- what became of it
 
-    def record(self, action: Refuse | Requeue | SetAside) -> asyncio.Future[None]:
+    def record(self, action: Refuse | Requeue | SetAside) -> asyncio.Future[Refusal | None]:
         """Write what becomes of one entry, before anything that follows it is read and sent.
 
         Under ``durability="process"`` its commit is not synced by itself; `Storage.synced_read`, through which every
         later entry comes, does that first (PROTOCOL.md C8).
+
+        Returns:
+            Why it is a dead letter now, or None.
         """
         return self.storage.change(lambda connection: self._record(connection, action))
 
-    def _record(self, connection: sqlite3.Connection, action: Refuse | Requeue | SetAside) -> None:
+    def _record(self, connection: sqlite3.Connection, action: Refuse | Requeue | SetAside) -> Refusal | None:
         wall = self.clock.wall()
-        if isinstance(action, Refuse):
-            settlement.refuse(connection, action.seq, action.refusal, wall)
-        elif isinstance(action, Requeue):
+        if isinstance(action, Requeue):
             settlement.requeue(connection, action.seq, wall)
-        else:
+            return None
+        refusal = action.refusal
+        nacked = isinstance(action, Refuse) and action.nacked
+        if not nacked and settlement.is_unanswered(connection, action.seq):
+            refusal = replace(refusal, unknown=True)
+        if isinstance(action, SetAside) and not refusal.unknown:
             now = entries.outbox_time(connection, self.clock)
-            refusal = Refusal(
-                action.refusal.code, action.refusal.reason, action.refusal.unknown, action.refusal.needs, [now]
-            )
-            settlement.set_aside(connection, action.seq, refusal)
+            settlement.set_aside(connection, action.seq, replace(refusal, tries=[now]))
+            return None
+        # What may have been applied cannot come back under a new sequence (C3), and may not hold up the rest (C5).
+        settlement.refuse(connection, action.seq, refusal, wall)
+        return refusal
 
     def mark(self, action: MarkUnanswered | TakeBack) -> None:
         """Write what an answer or a loss showed about entries that stay."""

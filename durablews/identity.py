@@ -33,7 +33,8 @@ def take_over(
 
     Args:
         machine: `machine_id()`.
-        window: the largest window this process will use.
+        window: how many entries of one priority may come to lie first in the file although they were sent; so many
+            count as transmitted when this process dies.
         draw: returns a uniform integer in 0 to its argument, exclusive.
     """
     inode = str(os.stat(path).st_ino)

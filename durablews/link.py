@@ -243,12 +243,13 @@ class Link:
         """Write what became of an entry, and let its priority go on after that."""
         self._outbox.record(action).add_done_callback(lambda done: self._recorded(action, done))
 
-    def _recorded(self, action: Refuse | Requeue | SetAside, done: asyncio.Future[None]) -> None:
+    def _recorded(self, action: Refuse | Requeue | SetAside, done: asyncio.Future[Refusal | None]) -> None:
         if done.cancelled() or done.exception() is not None:
             return  # the outbox is closing; nothing passed over it
         self._outbox.look_again()
-        if isinstance(action, Refuse):
-            self._events.put(Refused(action.seq, action.refusal.code, action.refusal.reason))
+        refusal = done.result()
+        if refusal is not None:
+            self._events.put(Refused(action.seq, refusal.code, refusal.reason))
         self._delivery.recorded(action.priority, action.seq)
         self._act()
 

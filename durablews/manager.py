@@ -264,10 +264,10 @@ class ConnectionManager:
             if isinstance(action, MarkUnanswered | TakeBack):
                 self._outbox.mark(action)
             elif isinstance(action, Refuse | Requeue | SetAside):
-                await self._outbox.record(action)
+                refusal = await self._outbox.record(action)
                 self._outbox.look_again()
-                if isinstance(action, Refuse):
-                    self._events.put(Refused(action.seq, action.refusal.code, action.refusal.reason))
+                if refusal is not None:
+                    self._events.put(Refused(action.seq, refusal.code, refusal.reason))
             elif isinstance(action, RenewStream):
                 await self._outbox.renew_stream()
         self._outbox.release_claims()

@@ -122,6 +122,7 @@ class Outbox:
         self.stream = ""
         self._caps = read_settings(caps, CapsConfig, "caps").explicit()
         self._pid = os.getpid()
+        self._opened = False
         self.storage = Storage(self.path, durability=durability, drainer=self._drains, clock=self.clock)
         self.storage.on_settled = self.look_again
         self.storage.on_stored = self._stored
@@ -137,12 +138,27 @@ class Outbox:
         await self.close()
 
     async def open(self) -> None:
-        """Open the file; `async with` does it."""
+        """Open the file; `async with` does it.
+
+        Raises:
+            OutboxClosed: it was opened before.
+            OutboxError: whatever keeps it from being opened; then it may be tried again.
+        """
+        if self._opened:
+            raise OutboxClosed(self.path, "an outbox is opened once; make another one")
+        self._opened = True
+        try:
+            await self._open()
+        except BaseException:
+            self._opened = False
+            raise
+
+    async def _open(self) -> None:
         self.stream = await self.storage.open(self._first_job)
 
     async def close(self) -> None:
         """Finish what was handed over and close the file. Safe to call twice."""
-        if os.getpid() != self._pid:
+        if not self._opened or os.getpid() != self._pid:
             return  # a forked child must not touch its parent's connection (sqlite.org, "How to corrupt", 2.6)
         await self.storage.close()
         for news in self._waiting:

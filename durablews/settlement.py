@@ -17,6 +17,7 @@ from durablews.messages import Refusal, Run
 __all__ = [
     "expire",
     "is_due",
+    "is_unanswered",
     "mark_first_as_sent",
     "mark_unanswered",
     "refuse",
@@ -123,6 +124,16 @@ def mark_first_as_sent(connection: sqlite3.Connection, window: int) -> None:
             " WHERE priority = ? AND ack_state < 2 ORDER BY seq LIMIT ?)",
             (priority, window),
         )
+
+
+def is_unanswered(connection: sqlite3.Connection, seq: int) -> bool:
+    """Tell whether an entry was sent on a connection that was lost before the answer came, as far as is known."""
+    return (
+        connection.execute(
+            "SELECT 1 FROM durablews_entries WHERE seq = ? AND (ack_state = 1 OR transmissions > 0)", (seq,)
+        ).fetchone()
+        is not None
+    )
 
 
 def refuse(connection: sqlite3.Connection, seq: int, refusal: Refusal, wall: int) -> bool:

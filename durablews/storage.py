@@ -23,7 +23,7 @@ from durablews.jobs import JobConnection, run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.settlement import settle, stamp_unseen
 
-__all__ = ["Storage"]
+__all__ = ["SETTLE_MESSAGES", "Storage"]
 
 T = TypeVar("T")
 _Enqueued = list[int | Gap] | DurablewsError
@@ -32,7 +32,7 @@ _Enqueued = list[int | Gap] | DurablewsError
 _LARGEST_TRANSACTION = 4000
 # Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
 # fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
-_SETTLE_MESSAGES, _SETTLE_DELAY = 2000, 0.05
+SETTLE_MESSAGES, _SETTLE_DELAY = 2000, 0.05
 # Seconds between tries of owed changes while the disk fails: doubling from the first to the second.
 _RETRY_DELAYS = (0.5, 30.0)
 
@@ -115,11 +115,20 @@ class Storage:
         """Finish what was handed over, then close the file. Owed changes that fail now are left to the next opening."""
         self._closing = True
         self._wake.set()
+        # A task of its own: who is cancelled while it waits must not take the file away from under the writer.
+        await asyncio.shield(asyncio.create_task(self._finish(), name=f"durablews closing {self.path}"))
+
+    async def _finish(self) -> None:
         try:
             if self._writer is not None:
-                await asyncio.shield(self._writer)
+                await self._writer
         finally:
             await self._stop()
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._closing
 
     def enqueue(self, drafts: Sequence[Draft]) -> asyncio.Future[list[int | Gap]]:
         """Store messages in the next transaction; the future gives their sequences once it is committed."""
@@ -262,7 +271,7 @@ class Storage:
 
     def _settling_is_due(self, work: _Work) -> bool:
         waited = asyncio.get_running_loop().time() - work.runs_since
-        return waited >= _SETTLE_DELAY or sum(run.messages for run in work.runs) >= _SETTLE_MESSAGES
+        return waited >= _SETTLE_DELAY or sum(run.messages for run in work.runs) >= SETTLE_MESSAGES
 
     async def _perform(self, work: _Work) -> OutboxError | None:
         """Do one transaction's work; return why what is owed could not be written, after putting it back."""
@@ -290,6 +299,7 @@ class Storage:
     def _abandon(self, error: OutboxError) -> None:
         for _, future in [*self._next.changes, *self._next.requests, *self._next.reads]:
             _resolve(future, error)
+            future.cancelled() or future.exception()  # most are nobody's to wait for
 
     async def _stop(self) -> None:
         db, self._db = self._db, None

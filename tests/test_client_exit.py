@@ -79,7 +79,7 @@ def test_a_program_that_forgets_its_client_ends(tmp_path: Path, name: str, serve
     serve = [sys.executable, "-m", "durablews", "serve", "--port", "0", "--store", str(store)]
     with running(tmp_path, "serve", serve if server else [sys.executable, "-c", "print('ws://127.0.0.1:9/')"]) as other:
         url = other.first_line()
-        command = [sys.executable, "-W", "error", "-X", "dev", "-c", HEAD + program, url, str(path)]
+        command = [sys.executable, "-W", "error", "-c", HEAD + program, url, str(path)]
         with running(tmp_path, "program", command) as process:
             returned, errors = process.end(timeout=15)
         assert returned == code, errors

@@ -22,7 +22,7 @@ NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "misc", "shared", "util
 PLAIN = frozenset(
     """
     __future__ abc array base64 binascii bisect collections contextlib copy dataclasses decimal difflib email.utils
-    enum fractions functools hashlib heapq hmac html inspect io itertools json keyword logging math numbers operator re
+    enum fractions functools hashlib heapq hmac html importlib inspect io itertools json keyword logging math numbers operator re
     reprlib shlex string struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
     """.split()
 )

@@ -78,8 +78,8 @@ def send_many(folder: Path, messages: int) -> float:
 
 
 def drain(folder: Path, messages: int) -> float:
-    """Messages a second from an outbox to a receiver that counts them, until the last is acknowledged."""
-    return _drain(folder, messages, [sys.executable, __file__, "--receiver", str(folder / "seen.db")])
+    """Messages a second from an outbox to a receiver that stores nothing, until the last is acknowledged."""
+    return _drain(folder, messages, [sys.executable, __file__, "--receiver"])
 
 
 def drain_to_serve(folder: Path, messages: int) -> float:
@@ -163,25 +163,32 @@ def send_raw(folder: Path, messages: int) -> float:
         return asyncio.run(run(url))
 
 
-async def receiver(store: str) -> None:
-    """Take what a client sends, once each and in order, its numbers synced to disk, and count it."""
+async def receiver() -> None:
+    """Take what a client sends, once each and in order, by the library's own rules with its numbers in memory."""
     from websockets.asyncio.server import ServerConnection, serve
 
-    from durablews.receiver import Receiver, select_subprotocol
+    from durablews.receiver import ledger, select_subprotocol
+    from durablews.receiver.exchange import Exchange
+    from durablews.receiver.session import Session
+    from durablews.wire.frames import Codec
+
+    numbers = sqlite3.connect(":memory:", isolation_level=None)
+    ledger.install(numbers)
+    counted = [0]
 
     def count(connection: sqlite3.Connection, stream: str, priority: int, items: Sequence[object]) -> None:
         counted[0] += len(items)
 
-    counted = [0]
-    async with Receiver(store) as receiver:
+    async def handle(websocket: ServerConnection) -> None:
+        exchange = Exchange(Session(Codec(websocket.subprotocol or ""), window=1024, max_bytes=2**20))
+        async for data in websocket:
+            for frame in exchange.handle_frame(numbers, data, count).frames:
+                await websocket.send(frame)
 
-        async def handle(websocket: ServerConnection) -> None:
-            await receiver.serve(websocket, count)
-
-        async with serve(
-            handle, "127.0.0.1", 0, compression=None, max_size=None, select_subprotocol=select_subprotocol
-        ) as server:
-            await _until_stdin_ends(server)
+    async with serve(
+        handle, "127.0.0.1", 0, compression=None, max_size=None, select_subprotocol=select_subprotocol
+    ) as server:
+        await _until_stdin_ends(server)
 
 
 async def _until_stdin_ends(server: Server) -> None:
@@ -225,7 +232,7 @@ ROWS = [
     ),
     Row(
         "drain",
-        "drain 100 000 to a receiver in another process, which counts them",
+        "drain 100 000 to a receiver in another process, which stores nothing",
         "raw ws.send, a frame each, an ack for 64",
         4.0,
         drain,
@@ -254,13 +261,13 @@ def main() -> int:
     parser.add_argument("--folder", help="where the files lie; its disk is what is measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--raw-server", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--receiver", help=argparse.SUPPRESS)
+    parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.raw_server:
         asyncio.run(raw_server())
         return 0
     if args.receiver:
-        asyncio.run(receiver(args.receiver))
+        asyncio.run(receiver())
         return 0
     rows = [row for row in ROWS if args.only is None or row.name in args.only]
     results = {row.name: ([], []) for row in rows}  # type: dict[str, tuple[list[float], list[float]]]

@@ -21,7 +21,7 @@ _TOGETHER = 256
 
 
 def main(argv: list[str]) -> int:
-    """Play the part named first: ``server PORT STORE`` or ``agent URL OUTBOX RATE``."""
+    """Play the part named first: ``server PORT STORE`` or ``agent URL OUTBOX``."""
     part, *words = argv
     return _server(*words) if part == "server" else _agent(*words)
 
@@ -34,13 +34,13 @@ def _server(port: str, store: str) -> int:
     return command.main(["serve", "--port", port, "--store", store])
 
 
-def _agent(url: str, outbox: str, rate: str) -> int:
+def _agent(url: str, outbox: str) -> int:
     import asyncio
 
-    return asyncio.run(_send(url, outbox, float(rate)))
+    return asyncio.run(_send(url, outbox))
 
 
-async def _send(url: str, outbox: str, rate: float) -> int:
+async def _send(url: str, outbox: str) -> int:
     """Send what standard input brings, and say on standard output how far it is stored.
 
     A line of input is a number, a priority and the text, with a space between. A line of output is the number up to
@@ -55,8 +55,8 @@ async def _send(url: str, outbox: str, rate: float) -> int:
     settings: dict[str, Any] = {
         # Impatient, so that an audience does not wait.
         "reconnect": {"base_delay": 0.1, "max_delay": 0.4, "connect_timeout": 5},
-        # Slow enough to be watched. What waits stays on disk: the demo checks that nothing does.
-        "delivery": {"rate_limit": rate, "drain_timeout": 0},
+        # Nothing to wait for at the end: what is left stays on disk, and the demo looks whether anything is.
+        "delivery": {"drain_timeout": 0},
     }
     async with connect(url, outbox, **settings) as client:
 

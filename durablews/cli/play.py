@@ -29,8 +29,10 @@ _NORMAL, _HIGH = 0, 1
 # Seconds: between looks at the outbox; for which answers are lost before a break; a break lasts; for which a dead
 # process is mourned. Long enough to be seen, short enough not to bore.
 _LOOK, _MUTE, _OUTAGE, _MOURNING = 0.08, 0.12, 0.9, 0.5
-#: What part of the lines is acknowledged between one break and the next. The rest is the last stretch.
-_ACT = 0.18
+# Seconds into its next transaction at which the agent is killed: with luck that is stored, and it could not say so.
+_STORING = 0.006
+# Bytes that a message needs on the wire besides its line, about.
+_FRAMING = 45
 # So many lines the agent has in its hands when it is killed. No more than its window can be in doubt.
 _IN_ITS_HANDS, _MOST_DOUBTFUL = 600, 4096
 
@@ -45,7 +47,7 @@ class Play:
     Args:
         folder: for the outbox, the inbox and the logs.
         lines: what the agent is to send.
-        rate: how many messages a second the agent may deliver.
+        rate: how many messages a second the link lets through, about.
     """
 
     def __init__(self, folder: Path, lines: Sequence[bytes], timeline: Timeline, *, rate: float) -> None:
@@ -56,6 +58,9 @@ class Play:
         self._timeline = timeline
         self._rate = rate
         self._of = len(lines)
+        self._bytes = sum(map(len, lines)) / len(lines) + _FRAMING
+        # What is acknowledged between one break and the next, so that enough is left for the last stretch.
+        self._act = min(0.18 * self._of, (self._of - 3.2 * _WAITING) / 4)
         # How many may wait while all is well; half as many more may gather while it is not.
         self._usual = self._room = max(1600, len(lines) // 5)
         self._sent: list[Item] = []
@@ -105,7 +110,7 @@ class Play:
         self._server = await self._start("server", "0", self._inbox)
         tell("server started", f"process {self._server.process.pid}, {self._server.greeting}", "bold")
         port = self._server.greeting.rpartition(":")[2]
-        async with Relay(int(port)) as relay:
+        async with Relay(int(port), rate=self._rate * self._bytes) as relay:
             agent = await self._start_agent(relay)
             tell("agent started", f"process {agent.process.pid}, behind a link that can be cut", "bold")
             await self._cut_the_link(relay, act=1)
@@ -136,17 +141,21 @@ class Play:
         self._hand(self._next(_IN_ITS_HANDS))
         while self._stored <= before:
             await self._sleep(0.001)
+        await self._sleep(_STORING)
         self._agent = None
         await agent.kill()
         await hearing
         await self._report("AGENT KILLED", "kill -9")
         unsaid = self._sent[self._stored :]
         kept = self._snapshot().enqueued - self._stored
-        self._timeline.more(f"{count(len(unsaid))} more lines in its hands unconfirmed, {count(kept)} of them stored")
+        if unsaid:
+            self._timeline.more(
+                f"{count(len(unsaid))} more lines in its hands unconfirmed, {count(kept)} of them stored"
+            )
         await self._sleep(_MOURNING)
         agent = await self._start_agent(relay)
-        text = f"process {agent.process.pid}; those {count(len(unsaid))} sent again with the same ids"
-        self._timeline.event("agent started", text, "green")
+        again = f"; those {count(len(unsaid))} sent again with the same ids" if unsaid else ""
+        self._timeline.event("agent started", f"process {agent.process.pid}{again}", "green")
         self._write(unsaid)
         await self._flowing()
 
@@ -164,11 +173,20 @@ class Play:
 
     async def _ready(self, relay: Relay, act: int) -> None:
         """Wait for the act's moment: enough delivered, enough waiting, and some of it applied but not answered."""
-        goal = int(act * _ACT * self._of)
-        await self._until(lambda: self._acked() >= goal and self._pending() >= _WAITING)
+        import asyncio
+
+        def now() -> bool:
+            if self._acked() < act * self._act or not self._flows:
+                return False
+            if not self._more and self._stored == len(self._sent):
+                self._check_waiting("all lines were sent")
+            return self._pending() >= _WAITING
+
+        await self._until(now)
         relay.mute()
         await self._sleep(_MUTE)
-        await self._until(lambda: relay.unheard > 0)
+        while not await asyncio.to_thread(self._overlap, await asyncio.to_thread(applied_up_to, self._inbox)):
+            await self._sleep(_LOOK)
 
     async def _report(self, what: str, how: str) -> None:
         """Say that something broke, how much waits, and what of it will be delivered twice."""
@@ -199,18 +217,18 @@ class Play:
         """Return how many wait that the server has applied. Once the link is gone, that is what it will see again."""
         import asyncio
 
-        def overlap(applied: dict[int, int]) -> int:
-            return sum(
-                entry.seq <= highest
-                for priority, highest in applied.items()
-                for entry in stream_entries(self._outbox, priority=priority, limit=_MOST_DOUBTFUL)
-            )
-
         before, applied = None, await asyncio.to_thread(applied_up_to, self._inbox)
         while applied != before:  # what had reached the server may still be on its way into its file
             await self._sleep(_MUTE)
             before, applied = applied, await asyncio.to_thread(applied_up_to, self._inbox)
-        return await asyncio.to_thread(overlap, applied)
+        return await asyncio.to_thread(self._overlap, applied)
+
+    def _overlap(self, applied: dict[int, int]) -> int:
+        return sum(
+            entry.seq <= highest
+            for priority, highest in applied.items()
+            for entry in stream_entries(self._outbox, priority=priority, limit=_MOST_DOUBTFUL)
+        )
 
     async def _flowing(self) -> None:
         """Wait until messages are acknowledged again."""
@@ -228,7 +246,7 @@ class Play:
     async def _start_agent(self, relay: Relay) -> Actor:
         import asyncio
 
-        self._agent = agent = await self._start("agent", relay.url, self._outbox, str(self._rate))
+        self._agent = agent = await self._start("agent", relay.url, self._outbox)
         self._hearing = asyncio.create_task(self._hear(agent))
         return agent
 

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+from durablews.cli.formats import printable
+
 __all__ = ["add_parser", "run"]
 
 
@@ -60,45 +62,41 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
-    async with connect(config=layers) as client:
-        talk = asyncio.create_task(_talk(client))
-        waits: set[asyncio.Task[bool]] = {asyncio.create_task(_stopped(stopped))}
-        if until_empty:
-            waits.add(asyncio.create_task(_empty(client, timeout)))
-        else:
-            waits.add(asyncio.create_task(_exhausted(client)))
-        done, left = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*left, talk):
+    client = connect(config=layers)
+    # They listen before the client does anything, so that they miss nothing.
+    talk, exhausted = asyncio.create_task(_talk(client)), asyncio.create_task(_exhausted(client))
+    await asyncio.sleep(0)
+    try:
+        return await _until_done(client, stopped, received, exhausted, until_empty=until_empty, timeout=timeout)
+    finally:
+        for task in (talk, exhausted):
             task.cancel()
-        await asyncio.gather(*left, talk, return_exceptions=True)
+        await asyncio.gather(talk, exhausted, return_exceptions=True)
+
+
+async def _until_done(
+    client: Any, stopped: Any, received: list[int], exhausted: Any, *, until_empty: bool, timeout: float | None
+) -> int:
+    import asyncio
+    import signal
+
+    async with client:
+        waits: set[asyncio.Task[Any]] = {asyncio.create_task(stopped.wait()), exhausted}
+        if until_empty:
+            waits.add(asyncio.create_task(client.flush(timeout)))
+        done, left = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         if stopped.is_set():
             return 130 if received[0] == signal.SIGINT else 0
-        emptied = bool(done.pop().result())
+        emptied = all(task.result() for task in done)
         if not emptied:
             counts = await client.stats()
-            print(f"durablews: gave up with {counts.pending} waiting: {client.reason or counts.state}", file=sys.stderr)
+            why = printable(counts.reason or counts.state)
+            print(f"durablews: gave up with {counts.pending} waiting: {why}", file=sys.stderr)
             await client.close(drain=False)
         return 0 if emptied else 4
-
-
-async def _stopped(stopped: Any) -> bool:
-    await stopped.wait()
-    return True
-
-
-async def _empty(client: Any, timeout: float | None) -> bool:
-    """Wait until the outbox is empty; False when time or the retries are up."""
-    import asyncio
-
-    flushed = asyncio.create_task(client.flush(timeout))
-    exhausted = asyncio.create_task(_exhausted(client))
-    try:
-        await asyncio.wait({flushed, exhausted}, return_when=asyncio.FIRST_COMPLETED)
-        return flushed.done() and flushed.result()
-    finally:
-        flushed.cancel()
-        exhausted.cancel()
-        await asyncio.gather(flushed, exhausted, return_exceptions=True)
 
 
 async def _exhausted(client: Any) -> bool:
@@ -131,5 +129,6 @@ async def _talk(client: Any) -> None:
         elif isinstance(event, Exhausted):
             line = f"gave up after {event.attempts} attempts; everything is kept"
         if line and line != last:
-            print(f"durablews: {line}", file=sys.stderr, flush=True)
+            # Close reasons come from the network: no control characters on somebody's terminal.
+            print(f"durablews: {printable(line)}", file=sys.stderr, flush=True)
             last = line

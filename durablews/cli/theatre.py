@@ -19,6 +19,8 @@ __all__ = ["Actor", "Relay", "Timeline"]
 
 _HOST = "127.0.0.1"
 _CHUNK = 64 * 1024
+# Seconds whose bytes go together on a slow link.
+_SLICE = 0.02
 # Seconds between lines about the backlog where there is no terminal to draw on.
 _NEWS_INTERVAL = 2.0
 _BAR = 24
@@ -113,13 +115,18 @@ class Actor:
 
 
 class Relay:
-    """The link: forwards bytes between the agent and the server's port until it is cut.
+    """The link: forwards bytes between the agent and the server's port, as slowly as `rate` says, until it is cut.
 
     A cut resets every connection and refuses new ones. A mute, which comes before it, lets the agent's bytes through
     and loses the server's: so there is always something that was applied and not answered when the link goes.
+
+    Args:
+        port: the server's.
+        rate: bytes a second towards the server; a link that is too fast is empty whenever it is cut.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, rate: float) -> None:
+        self._rate = rate
         self._server_port = port
         self._cut = False
         self._listener: asyncio.Server | None = None
@@ -127,12 +134,17 @@ class Relay:
         self._towards_agent: set[asyncio.StreamWriter] = set()
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.unheard = 0
 
     async def __aenter__(self) -> Relay:
         import asyncio
 
-        self._listener = await asyncio.start_server(self._connected, _HOST, 0)
+        # Two steps: an interruption in the middle of one would leave a socket that nobody knows of.
+        self._listener = await asyncio.start_server(self._connected, _HOST, 0, start_serving=False)
+        try:
+            await self._listener.start_serving()
+        except BaseException:
+            self._listener.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -152,9 +164,8 @@ class Relay:
         return f"ws://{_HOST}:{self._listener.sockets[0].getsockname()[1]}"
 
     def mute(self) -> None:
-        """Lose every answer of the connections that are open now; `unheard` counts what goes unanswered, in bytes."""
+        """Lose every answer of the connections that are open now."""
         self._muted |= self._towards_agent
-        self.unheard = 0
 
     def cut(self) -> None:
         self._cut = True
@@ -180,7 +191,10 @@ class Relay:
             self._open.add(beyond)
             if self._cut:
                 return
-            ways = [asyncio.create_task(self._pump(reader, beyond)), asyncio.create_task(self._pump(answers, writer))]
+            ways = [
+                asyncio.create_task(self._forward(reader, beyond)),
+                asyncio.create_task(self._answer(answers, writer)),
+            ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -200,15 +214,24 @@ class Relay:
             self._muted.discard(writer)
             self._tasks.discard(task)
 
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    async def _forward(self, source: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        free_at = loop.time()
+        with suppress(OSError):
+            while data := await source.read(max(512, int(self._rate * _SLICE))):
+                server.write(data)
+                await server.drain()
+                free_at = max(free_at, loop.time() - _SLICE) + len(data) / self._rate
+                await asyncio.sleep(free_at - loop.time())
+
+    async def _answer(self, source: asyncio.StreamReader, agent: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await source.read(_CHUNK):
-                if target in self._muted:
-                    continue
-                if target not in self._towards_agent:
-                    self.unheard += len(data)
-                target.write(data)
-                await target.drain()
+                if agent not in self._muted:
+                    agent.write(data)
+                    await agent.drain()
 
 
 class Timeline:

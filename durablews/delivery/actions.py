@@ -44,11 +44,12 @@ class TakeBack(Struct, frozen=True):
 
 
 class Refuse(Struct, frozen=True):
-    """Make an entry a dead letter; then call `recorded`."""
+    """Make an entry a dead letter; then call `recorded`. `nacked`: the server said so, and so has not applied it."""
 
     priority: int
     seq: int
     refusal: Refusal
+    nacked: bool = False
 
 
 class Requeue(Struct, frozen=True):

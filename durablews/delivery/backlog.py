@@ -11,12 +11,16 @@ from durablews.delivery.actions import Refuse, Requeue, SetAside, Want
 from durablews.delivery.lane import Hold, Lane, Transmission
 from durablews.messages import Entry, Refusal, Run
 
-__all__ = ["BATCH_BYTES", "BATCH_MESSAGES", "Backlog"]
+__all__ = ["BATCH_BYTES", "BATCH_MESSAGES", "READ_AHEAD_BYTES", "READ_AHEAD_MESSAGES", "Backlog"]
 
 #: One frame carries so many messages or bytes at most: 187 000 to 296 000 messages a second against 35 000 with a frame
 #: each (measured).
 BATCH_MESSAGES = 256
 BATCH_BYTES = 256 * 1024
+#: So much is read ahead of the window, while what is in flight is on its way, and again when half of it was sent: the
+#: fewer and larger the reads, the less each message costs.
+READ_AHEAD_MESSAGES = 8 * BATCH_MESSAGES
+READ_AHEAD_BYTES = 8 * BATCH_BYTES
 # What a frame needs beside payload, topic and headers of a message: sequence, meta, punctuation.
 _FRAMING = 64
 
@@ -68,11 +72,11 @@ class Backlog:
         """Return what to read from the outbox now, or None. The answer goes to `supply`."""
         if self._reading or not self._stale:
             return None
-        room = self._config.window + BATCH_MESSAGES - self.messages - self.waiting
+        waiting = self.waiting
         waiting_bytes = sum(lane.ready_bytes for lane in self.lanes.values())
-        room_bytes = self._config.window_bytes + BATCH_BYTES - self.bytes - waiting_bytes
+        room, room_bytes = READ_AHEAD_MESSAGES - waiting, READ_AHEAD_BYTES - waiting_bytes
         above = -101
-        if room <= 0 or room_bytes <= 0:
+        if room < READ_AHEAD_MESSAGES // 2 or room_bytes < READ_AHEAD_BYTES // 2:
             # Full of what may go later: look only for what would overtake it.
             if not self._stale_above:
                 return None
@@ -81,7 +85,7 @@ class Backlog:
         # Cleared before the read: what is stored, recorded or released while it runs asks for another one.
         self._reading, self._stale, self._stale_above = True, above != -101, False
         after = {priority: lane.cursor for priority, lane in self.lanes.items()}
-        return Want(self._generation, after, self._closed(now), min(room, 4 * BATCH_MESSAGES), room_bytes, above)
+        return Want(self._generation, after, self._closed(now), room, room_bytes, above)
 
     def _closed(self, now: float) -> frozenset[int]:
         """Return the priorities of which nothing more may go just now."""
@@ -122,7 +126,7 @@ class Backlog:
             if priority not in moved:
                 self._lane(priority).recording.add(seq)
                 refusals.append(Refuse(priority, seq, Refusal(fault, _FAULTS.get(fault))))
-        self._trim()
+        self._trim(want.above)
         return refusals
 
     def _take(self, priority: int, entries: list[Entry], now: float) -> None:
@@ -135,11 +139,17 @@ class Backlog:
         else:
             lane.read(entries)
 
-    def _trim(self) -> None:
-        """Forget what was read last for the lowest priority until it fits the bounds again."""
-        most = self._config.window + 2 * BATCH_MESSAGES
-        while self.messages + self.waiting > most:
-            lowest = min((lane for lane in self.lanes.values() if lane.ready), key=lambda lane: lane.priority)
+    def _trim(self, above: int) -> None:
+        """Forget what was read last for the lowest priority until it fits the bounds again.
+
+        For bytes only what priorities above `above` have just overtaken: a page by itself fits, or is one message.
+        """
+        most = READ_AHEAD_MESSAGES + BATCH_MESSAGES
+        while waiting := [lane for lane in self.lanes.values() if lane.ready]:
+            lowest = min(waiting, key=lambda lane: lane.priority)
+            too_large = sum(lane.ready_bytes for lane in waiting) > READ_AHEAD_BYTES + BATCH_BYTES
+            if self.waiting <= most and not (too_large and lowest.priority <= above):
+                return
             lowest.unread_last()
             self._stale = True
 

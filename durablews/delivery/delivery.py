@@ -137,7 +137,7 @@ class Delivery:
         first = min(lanes, key=lambda lane: lane.flight[0].end, default=None)
         entry = first.oldest if first else None
         largest = max((len(transmission.entries) for lane in lanes for transmission in lane.flight), default=0)
-        # What a nack took back from behind the nacked one may still lie unread at the server, and be what it closes for.
+        # What a nack took back from behind the nacked one may still lie unread at the server, and be why it closes.
         unread = self._backlog.messages + self._astray
         verdict = self._suspicion.judge(closed, (entry.priority, entry.seq) if entry else None, unread, now)
         if runs:
@@ -239,7 +239,7 @@ class Delivery:
         self._suspicion.answered(first.priority, first.seq)
         self._actions.append(TakeBack(run))
         if answer.final:
-            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, answer.reason)))
+            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, answer.reason), nacked=True))
             return
         delay = _DEFAULT_RETRY if answer.retry is None else answer.retry
         until = now + min(max(delay, _SHORTEST_RETRY), _LONGEST_RETRY)
@@ -247,7 +247,7 @@ class Delivery:
         if self._config.max_attempts is not None and attempts >= self._config.max_attempts:
             said = f": {answer.reason}" if answer.reason else ""
             reason = f"the server asked {attempts} times to try again{said}"
-            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, reason)))
+            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, reason), nacked=True))
         elif self._config.on_retry == "requeue":
             self._pass_over(lane, Requeue(lane.priority, first.seq))
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["Pacing"]
 
 # Seconds whose messages may go at once: enough to batch, too little to burst.
@@ -24,8 +26,9 @@ class Pacing:
         if self._at is not None:
             self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._rate)
         self._at = now
-        # A timer that fires a hair early must not find 0.9999 tokens and wait for ever shorter times.
-        return min(most, int(self._tokens + 1e-6))
+        # A timer that fires a hair early, or a clock too coarse for the rate, must not find 0.9999 tokens and wait for
+        # ever shorter times.
+        return min(most, int(self._tokens + 1e-6 + 2 * self._rate * math.ulp(now)))
 
     def spend(self, messages: int) -> None:
         """Count messages that went."""
