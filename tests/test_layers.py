@@ -22,7 +22,7 @@ NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "misc", "shared", "util
 PLAIN = frozenset(
     """
     __future__ abc array base64 binascii bisect collections contextlib copy dataclasses decimal difflib email.utils
-    enum fractions functools hashlib heapq hmac html importlib inspect io itertools json keyword logging math numbers operator re
+    enum fractions functools hashlib heapq hmac html inspect io itertools json keyword logging math numbers operator re
     reprlib shlex string struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
     """.split()
 )
@@ -79,11 +79,12 @@ HOUSE: dict[str, Room] = {
     "receiver.messages": Room(10, "msgspec"),
     "receiver.exchange": Room(10, "msgspec secrets sqlite3"),
     "receiver.*": Room(10, "system aiosqlite asyncio msgspec sqlite3"),
+    "cli": Room(12, "system argparse importlib", in_functions="asyncio websockets"),
     "cli.send": Room(11, "system argparse sqlite3"),
     "cli.evidence": Room(11, "system argparse sqlite3"),
     "cli.*": Room(11, "system argparse", in_functions="asyncio websockets"),
     "__init__": Room(12, "importlib"),
-    "__main__": Room(12),
+    "__main__": Room(13),
 }
 
 

@@ -54,3 +54,14 @@ def test_whoever_waits_until_the_time_that_was_named_may_send(rate: float, start
             assert pacing.allowed(now, 1) == 1
     assert sent == 200
     assert sent >= rate * (now - start) - 1e-3 * rate - 1
+
+
+@given(rate=st.floats(100, 1e5), start=starts)
+def test_messages_are_gathered_into_frames(rate: float, start: float) -> None:
+    """With much to send, each frame holds half a burst at least: a slow rate does not mean a frame for each message."""
+    pacing, now = Pacing(rate), start
+    for _ in range(50):
+        allowed = pacing.allowed(now, 256)
+        assert allowed == 0 or allowed >= int(min(256, rate * 0.05))
+        pacing.spend(allowed)
+        now = max(now, pacing.next_at() or now)

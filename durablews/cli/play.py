@@ -26,6 +26,8 @@ __all__ = ["Failed", "Play", "complaint"]
 #: So many must wait when something breaks, and for as long as it is broken.
 _WAITING = 1000
 _NORMAL, _HIGH = 0, 1
+# One in each break that the agent lives through.
+_ALARMS = 3
 # Seconds: between looks at the outbox; for which answers are lost before a break; a break lasts; for which a dead
 # process is mourned. Long enough to be seen, short enough not to bore.
 _LOOK, _MUTE, _OUTAGE, _MOURNING = 0.08, 0.12, 0.9, 0.5
@@ -289,7 +291,7 @@ class Play:
             if self._agent is not None:
                 seen = await self._look()
                 self._timeline.backlog(
-                    seen.pending, self._usual * 3 // 2, seen.departed.acked, self._of, flows=self._flows
+                    seen.pending, self._usual * 3 // 2, seen.departed.acked, self._of + _ALARMS, flows=self._flows
                 )
             await self._sleep(_LOOK)
 
@@ -335,8 +337,7 @@ class Play:
         verdict = judge(self._sent, arrived)
         self._timeline.clear()
         if verdict.overtaken:
-            alarms = sum(item.priority == _HIGH for item in self._sent)
-            text = f"{alarms} alarms went first, past {count(verdict.overtaken)} lines that waited"
+            text = f"{_ALARMS} alarms went first, past {count(verdict.overtaken)} lines that waited"
             self._timeline.event("overtaken", text, "yellow")
         if verdict.good:
             self._timeline.event("compared", "byte for byte the same, in the same order", "bold", "green")

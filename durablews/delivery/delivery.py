@@ -325,7 +325,7 @@ class Delivery:
         if self._max_bytes is not None:
             frame_room = min(frame_room, self._max_bytes)
         room = (self._config.window_bytes >> self._halvings) - self._backlog.bytes
-        most = self._pacing.allowed(now, most)
+        most = self._pacing.allowed(now, min(most, len(lane.ready)))
         return self._backlog.batch(lane, now, most=most, room=room, frame_room=frame_room)
 
     def taken(self, total: int, now: float) -> None:
