@@ -18,7 +18,7 @@ from durablews.errors import OutboxInUse, StorageFailed
 from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
-from durablews.storage import SETTLE_MESSAGES
+from durablews.work import SETTLE_MESSAGES
 
 __all__ = ["DrainedOutbox", "LinkNote", "Page", "exposure"]
 

@@ -22,33 +22,15 @@ from durablews.errors import DurablewsError, OutboxClosed, OutboxError, StorageF
 from durablews.jobs import JobConnection, run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.settlement import settle, stamp_unseen
+from durablews.work import SETTLE_DELAY, Work, resolve
 
-__all__ = ["SETTLE_MESSAGES", "Storage"]
+__all__ = ["Storage"]
 
 T = TypeVar("T")
 _Enqueued = list[int | Gap] | DurablewsError
 
-# Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
-_LARGEST_TRANSACTION = 4000
-# Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
-# fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
-SETTLE_MESSAGES, _SETTLE_DELAY = 2000, 0.05
 # Seconds between tries of owed changes while the disk fails: doubling from the first to the second.
 _RETRY_DELAYS = (0.5, 30.0)
-
-
-class _Work:
-    """What one transaction does."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[Sequence[Draft], asyncio.Future[list[int | Gap]]]] = []
-        self.changes: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
-        self.runs: list[Run] = []
-        self.runs_since = 0.0
-        self.reads: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.requests or self.changes or self.runs or self.reads)
 
 
 class Storage:
@@ -78,7 +60,7 @@ class Storage:
         self._drainer = drainer
         self._db: aiosqlite.Connection | None = None
         self._writer: asyncio.Task[None] | None = None
-        self._next = _Work()
+        self._next = Work()
         self._wake = asyncio.Event()
         self._closing = False
         self._deferred = False
@@ -146,15 +128,7 @@ class Storage:
 
     def settle(self, run: Run) -> None:
         """Delete acknowledged entries in the next transaction."""
-        runs = self._next.runs
-        if not runs:
-            self._next.runs_since = asyncio.get_running_loop().time()
-        if runs and runs[-1].priority == run.priority and runs[-1].last < run.first:
-            last = runs[-1]
-            if run.first == last.last + 1:
-                run = Run(run.priority, last.first, run.last, last.messages + run.messages, last.bytes + run.bytes)
-                runs.pop()
-        runs.append(run)
+        self._next.settle(run, asyncio.get_running_loop().time())
         self._wake.set()
 
     def read(self, job: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
@@ -212,7 +186,7 @@ class Storage:
                     continue
                 self.trouble = error.what
                 if self._closing:
-                    self._abandon(error)
+                    self._next.abandon(error)
                     return
                 # New requests are tried at once, each with the owed changes; only those alone wait.
                 await self._pause(delay)
@@ -224,13 +198,15 @@ class Storage:
             raise
         except BaseException as exc:
             # A defect of ours: nobody may wait for ever for a writer that is gone.
-            self._abandon(StorageFailed(self.path, f"a defect in durablews ended its writer: {exc!r}", stored=None))
+            self._next.abandon(
+                StorageFailed(self.path, f"a defect in durablews ended its writer: {exc!r}", stored=None)
+            )
             raise
 
     async def _wait_for_work(self) -> None:
         """Return when there is something to do now: acknowledged runs may wait for company."""
         work = self._next
-        if self._closing or work.requests or work.changes or work.reads:
+        if self._closing or work.is_urgent:
             return
         if not work.runs:
             await self._wake.wait()
@@ -238,7 +214,7 @@ class Storage:
             # More is being read to be sent, so more acks will come: the next read, or time, ends this.
             self._deferred = False
             self._wake.clear()
-            left = work.runs_since + _SETTLE_DELAY - asyncio.get_running_loop().time()
+            left = work.runs_since + SETTLE_DELAY - asyncio.get_running_loop().time()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, left)):
                     await self._wake.wait()
@@ -253,53 +229,33 @@ class Storage:
             except TimeoutError:
                 return
 
-    def _take(self) -> _Work:
-        work, self._next = self._next, _Work()
-        if work.reads and not work.requests and not work.changes and not self._settling_is_due(work):
-            self._next.runs, work.runs = work.runs, []
-            self._next.runs_since = work.runs_since
-            self._deferred = bool(self._next.runs)
-        count = 0
-        for position, (drafts, _) in enumerate(work.requests):
-            count += len(drafts)
-            if count > _LARGEST_TRANSACTION and position > 0:
-                self._next.requests = work.requests[position:]
-                del work.requests[position:]
-                self._wake.set()
-                break
+    def _take(self) -> Work:
+        work = self._next
+        self._next = work.split(asyncio.get_running_loop().time())
+        self._deferred = bool(self._next.runs)
         return work
 
-    def _settling_is_due(self, work: _Work) -> bool:
-        waited = asyncio.get_running_loop().time() - work.runs_since
-        return waited >= _SETTLE_DELAY or sum(run.messages for run in work.runs) >= SETTLE_MESSAGES
-
-    async def _perform(self, work: _Work) -> OutboxError | None:
+    async def _perform(self, work: Work) -> OutboxError | None:
         """Do one transaction's work; return why what is owed could not be written, after putting it back."""
         assert self._db is not None
         waiting = list(self._next.runs)
         try:
             results, error = await run_job(self._db, lambda connection: self._job(connection, work, waiting))
         except BaseException:
-            self._next.requests[:0], self._next.changes[:0] = work.requests, work.changes
+            self._next.put_back(work, requests=True)
             raise
         stored = False
         for (_, future), result in zip(work.requests, results, strict=True):
             stored = stored or not isinstance(result, Exception)
-            _resolve(future, result)
+            resolve(future, result)
         if error is None:
             if work.runs:
                 self.on_settled(work.runs)
         else:
-            self._next.changes[:0] = work.changes
-            self._next.runs[:0] = work.runs
+            self._next.put_back(work)
         if stored:
             self.on_stored()
         return error
-
-    def _abandon(self, error: OutboxError) -> None:
-        for _, future in [*self._next.changes, *self._next.requests, *self._next.reads]:
-            _resolve(future, error)
-            future.cancelled() or future.exception()  # most are nobody's to wait for
 
     async def _stop(self) -> None:
         db, self._db = self._db, None
@@ -323,7 +279,7 @@ class Storage:
         return result
 
     def _job(
-        self, connection: sqlite3.Connection, work: _Work, waiting: Sequence[Run]
+        self, connection: sqlite3.Connection, work: Work, waiting: Sequence[Run]
     ) -> tuple[list[_Enqueued], OutboxError | None]:
         """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
         requests = [drafts for drafts, _ in work.requests]
@@ -354,7 +310,7 @@ class Storage:
         return results, error
 
     def _transaction(
-        self, connection: sqlite3.Connection, work: _Work, requests: Sequence[Sequence[Draft]]
+        self, connection: sqlite3.Connection, work: Work, requests: Sequence[Sequence[Draft]]
     ) -> list[_Enqueued]:
         results: list[_Enqueued] = []
         try:
@@ -387,15 +343,6 @@ def _data_version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA data_version").fetchone()[0])
 
 
-def _resolve(future: asyncio.Future[Any], outcome: Any) -> None:
-    if future.done():
-        return  # its caller was cancelled: stored or not, that is what it cannot know
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
-
-
 def _resolve_soon(future: asyncio.Future[Any], outcome: Any) -> None:
     """Resolve a future of the loop from the connection's thread."""
-    future.get_loop().call_soon_threadsafe(_resolve, future, outcome)
+    future.get_loop().call_soon_threadsafe(resolve, future, outcome)

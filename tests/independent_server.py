@@ -91,7 +91,7 @@ async def main() -> None:
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     names = [Subprotocol("durablews.v1.json")]
     async with serve(server.handle, "127.0.0.1", port, subprotocols=names, max_size=65536) as listening:
-        print(listening.sockets[0].getsockname()[1], flush=True)
+        print(listening.sockets[0].getsockname()[1], flush=True)  # noqa: T201 - who started it reads this
         await asyncio.Event().wait()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
-from durablews import database
 from durablews.receiver import SUBPROTOCOLS, Receiver, Store, select_subprotocol
 from durablews.receiver.inbox import inbox_tables, keeper
 
@@ -55,14 +55,14 @@ _silent = logging.Logger("silent", logging.CRITICAL)
 async def until(condition: Callable[[], object], timeout: float = DEADLINE) -> None:
     """Wait until a condition holds; fail at the deadline."""
     async with asyncio.timeout(timeout):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for is in files and other processes
             await asyncio.sleep(0.003)
 
 
 async def until_true(condition: Callable[[], Awaitable[object]], timeout: float = DEADLINE) -> None:
     """Wait until a condition that has to be awaited holds; fail at the deadline."""
     async with asyncio.timeout(timeout):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.003)
 
 
@@ -78,7 +78,7 @@ def wait_for(condition: Callable[[], object], timeout: float = DEADLINE) -> None
 
 
 class Inbox:
-    """A real `Receiver` with the table of `durablews serve`, on a port of its own that stays the same when restarted."""
+    """A real `Receiver` with the table of `durablews serve`, on a port that stays the same when it is restarted."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -112,6 +112,9 @@ class Inbox:
         """Return priority, sequence and payload of what was applied, in that order."""
         return inbox_rows(self.store)
 
+    def has(self, count: int) -> bool:
+        return len(self.rows()) == count
+
     def payloads(self) -> list[Any]:
         return [payload if isinstance(payload, bytes) else json.loads(payload) for _, _, payload in self.rows()]
 
@@ -120,10 +123,8 @@ def inbox_rows(store: Path) -> list[tuple[int, int, Any]]:
     """Return priority, sequence and payload of what `durablews serve` applied, in that order."""
     if not store.exists():
         return []
-    # Not "closing a descriptor": SQLite itself looks after the locks that this process may hold.
-    connection = database.sqlite3.connect(database.uri(str(store), "rw"), uri=True)
-    with closing(connection):
-        return connection.execute("SELECT priority, seq, payload FROM durablews_inbox ORDER BY id").fetchall()
+    with closing(sqlite3.connect(store)) as connection:
+        return list(connection.execute("SELECT priority, seq, payload FROM durablews_inbox ORDER BY id"))
 
 
 Trouble = Callable[["PlainServer", ServerConnection], Awaitable[None]]
@@ -136,7 +137,6 @@ class PlainServer:
         applied: (priority, payload) of every message, in order.
         times: loop times at which connections came, refused handshakes included.
         closes: how the connections ended: close code and reason as this side received them.
-        pauses: tells when the client was seen to send messages.
     """
 
     def __init__(self, trouble: Trouble | None = None, *, window: int = 1024) -> None:
@@ -190,6 +190,9 @@ class PlainServer:
     @property
     def payloads(self) -> list[Any]:
         return [payload for _, payload in self.applied]
+
+    def payloads_have(self, payload: Any) -> bool:
+        return payload in self.payloads
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         self.times.append(asyncio.get_running_loop().time())

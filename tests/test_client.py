@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ async def test_expiry_and_drops_reach_the_receipt(tmp_path: Path, monkeypatch: p
 
 
 async def test_drop_new_gives_a_receipt_that_says_so(tmp_path: Path) -> None:
-    """P2: under drop_new the message that finds no room has a receipt without a sequence, and `acked` raises Dropped."""
+    """P2: under drop_new a message that finds no room has a receipt without a sequence; `acked` raises Dropped."""
     settings: dict[str, Any] = {"caps": {"max_messages": 1, "overflow": "drop_new"}, "delivery": {"drain_timeout": 0}}
     async with client(NOWHERE, tmp_path, **settings) as ws:
         await ws.send("kept")
@@ -290,10 +291,14 @@ async def test_close_drains_for_its_time_and_leaves_the_rest_on_disk(tmp_path: P
 async def test_an_exception_in_the_block_is_not_held_up_by_a_drain(tmp_path: Path) -> None:
     """An exception leaves the block at once; what was sent stays on disk."""
     started = asyncio.get_running_loop().time()
-    with pytest.raises(ZeroDivisionError):
+
+    async def fail() -> None:
         async with client(NOWHERE, tmp_path, delivery={"drain_timeout": 60}) as ws:
             await ws.send("a")
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
     assert asyncio.get_running_loop().time() - started < 10
     with closing(sqlite3.connect(tmp_path / "agent.db")) as connection:
         assert connection.execute("SELECT payload FROM durablews_outbox").fetchall() == [('"a"',)]
@@ -385,7 +390,7 @@ async def test_other_processes_wake_the_drainer(tmp_path: Path, monkeypatch: pyt
             with closing(sqlite3.connect(path, isolation_level=None)) as other:
                 other.execute("INSERT INTO durablews_outbox (payload) VALUES (?)", (json.dumps(i),))
             committed = asyncio.get_running_loop().time()
-            await until(lambda i=i: i in server.payloads, timeout=10)
+            await until(partial(server.payloads_have, i), timeout=10)
             assert asyncio.get_running_loop().time() - committed < 1
         sender = await asyncio.create_subprocess_exec(
             *COMMAND, "send", path, '"from a shell"', env=ENVIRONMENT, stdout=subprocess.PIPE
@@ -395,10 +400,9 @@ async def test_other_processes_wake_the_drainer(tmp_path: Path, monkeypatch: pyt
         assert await ws.flush(5)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 async def test_nothing_is_left_of_fifty_clients(tmp_path: Path) -> None:
     """Fifty opens and closes leave no task, thread or descriptor (the fixtures look at tasks and threads)."""
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("counts descriptors in /proc")
     inbox = Inbox(tmp_path / "inbox.db")
     async with inbox.serving():
 

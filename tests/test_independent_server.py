@@ -1,4 +1,4 @@
-"""The client against servers that were written from PROTOCOL.md alone: the page, and not our own habits, is the wire."""
+"""The client against servers written from PROTOCOL.md alone: the page, and not our own habits, is the wire."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def state(path: Path) -> dict[str, Any]:
     return found
 
 
+def has_applied(path: Path, count: int) -> bool:
+    return len(state(path)["applied"]) >= count
+
+
 def payload(i: int) -> Any:
     return [i, {"i": i, "text": "süß \u2028 \U0001f600"}, f"text {i}", None, [i, [i]], i / 7, -i, True, "", 2**53 - i][
         i % 10
@@ -59,12 +64,14 @@ async def test_a_server_written_from_the_page_gets_every_message_once(tmp_path: 
             async def send() -> None:
                 for first in range(0, COUNT, 50):
                     for i in range(first, first + 50, 10):
-                        await ws.send_many([payload(i + j) for j in range(10)], priority=(0, 1, -1, 50, -50)[i // 10 % 5])
+                        await ws.send_many(
+                            [payload(i + j) for j in range(10)], priority=(0, 1, -1, 50, -50)[i // 10 % 5]
+                        )
 
             sending = asyncio.create_task(send())
             for number in range(1, RESTARTS + 1):
                 done = len(state(path)["applied"])
-                await until(lambda done=done: len(state(path)["applied"]) >= min(done + 500, COUNT - 500))
+                await until(partial(has_applied, path, min(done + 500, COUNT - 500)))
                 server.kill()
                 assert (await ws.stats()).pending > 0
                 server = Process(tmp_path, f"server{number}", [*start, str(path), str(port)])

@@ -62,6 +62,7 @@ HOUSE: dict[str, Room] = {
     "heartbeat": Room(2),
     "events": Room(2, "asyncio msgspec"),
     "settlement": Room(4, "msgspec sqlite3"),
+    "work": Room(4, "asyncio sqlite3"),
     "snapshot": Room(3, "msgspec"),
     "identity": Room(5, "system sqlite3 winreg"),
     "inspection": Room(4, "system msgspec sqlite3"),

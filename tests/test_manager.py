@@ -7,7 +7,9 @@ import base64
 import json
 import logging
 import math
+import sqlite3
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import durablews
 from durablews import cli, manager
 from durablews.client import Client
 from durablews.dialling import server_date
+from durablews.errors import StorageFailed
 
 Look = Callable[[], dict[str, Any]]
 
@@ -139,7 +142,7 @@ TROUBLES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", TROUBLES)
 async def test_every_message_arrives_once_after_a_trouble(tmp_path: Path, look: Look, name: str) -> None:
-    """P8, P5: whatever a connection ends with is a visible reason, the link comes back, and nothing is lost or doubled."""
+    """P8, P5: whatever a connection ends with is a visible reason; the link comes back; nothing is lost or doubled."""
     trouble, reason, settings = TROUBLES[name]
     async with PlainServer(trouble) as server, client(server, tmp_path, **settings) as ws:
         expected = await send_all(ws)
@@ -227,7 +230,7 @@ async def test_a_server_that_accepts_and_closes_is_not_hammered(tmp_path: Path) 
     retry = {"base_delay": 0.05, "max_delay": 10, "jitter": 0.0}
     async with PlainServer(nothing) as server, client(server, tmp_path, reconnect=retry) as ws:
         await until(lambda: len(server.times) >= 5)
-        waits = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
+        waits = [after - before for before, after in pairwise(server.times)]
         for attempt, wait in enumerate(waits):
             assert wait >= 0.05 * 2**attempt
         server.trouble = None
@@ -300,7 +303,7 @@ async def test_acks_for_what_is_not_in_flight_settle_nothing(tmp_path: Path) -> 
 
 
 async def test_a_server_that_nacks_everything_for_a_while(tmp_path: Path) -> None:
-    """C7: after each nack the client waits as long as it was told and goes on in order; nothing becomes a dead letter."""
+    """C7: after each nack the client waits as long as it was told and goes on in order; nothing is given up."""
     nacks: list[float] = []
 
     async def busy(server: PlainServer, ws: ServerConnection) -> None:
@@ -325,7 +328,7 @@ async def test_a_server_that_nacks_everything_for_a_while(tmp_path: Path) -> Non
         stats = await ws.stats()
         assert (stats.acked, stats.dead, stats.redelivered) == (50, 0, 0)
     assert server.payloads == list(range(50))
-    assert all(after - before >= 0.15 for before, after in zip(nacks, nacks[1:], strict=False))
+    assert all(after - before >= 0.15 for before, after in pairwise(nacks))
 
 
 async def test_a_welcome_twice_is_one_welcome(tmp_path: Path) -> None:
@@ -447,9 +450,13 @@ async def test_secrets_show_nowhere(
     assert request.headers["Authorization"] == (f"Basic {basic}" if trouble else "Bearer SECRET-token")
     assert "SECRET-query" in request.path
     said.append(caplog.text)
-    said += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir() if path.is_file()]
+    said += contents(tmp_path)
     for secret in ("SECRET", basic):
         assert not [text for text in said if secret in text]
+
+
+def contents(folder: Path) -> list[str]:
+    return [path.read_bytes().decode("latin-1") for path in folder.iterdir() if path.is_file()]
 
 
 async def test_headers_do_not_follow_a_redirect_to_another_server(tmp_path: Path, look: Look) -> None:
@@ -471,7 +478,7 @@ async def test_a_redirect_on_the_same_server_is_followed(tmp_path: Path) -> None
             server.refusal = None if asked.path == "/there" else (302, {"Location": "/there"})
             return request(connection, asked)
 
-        server._request = redirect  # type: ignore[method-assign]
+        server._request = redirect  # type: ignore[method-assign,assignment]
         await server.stop()
         await server.start()
         async with client(server, tmp_path, token="t") as ws:
@@ -561,7 +568,7 @@ async def test_retries_that_are_used_up_keep_everything(tmp_path: Path, look: Lo
 
 
 async def test_a_stuck_server_does_not_hold_up_close(tmp_path: Path) -> None:
-    """P7, P8: closing ends within its time although the server reads nothing, answers nothing and its socket is full."""
+    """P7, P8: closing ends within its time although the server reads nothing and the socket is full."""
 
     async def stuck(server: PlainServer, ws: ServerConnection) -> None:
         await server.greet(ws, window=1_000_000)
@@ -575,6 +582,45 @@ async def test_a_stuck_server_does_not_hold_up_close(tmp_path: Path) -> None:
             await until(lambda: ws._manager is not None and ws._manager._delivery.in_flight > 10)
             started = asyncio.get_running_loop().time()
         assert asyncio.get_running_loop().time() - started < 10
+
+
+async def test_closing_does_not_wait_for_a_link_that_never_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P8: a disk that fails just when hello is to be said is a visible trouble, and closing ends all the same."""
+    asked, fail = asyncio.Event(), asyncio.Event()
+
+    async def broken() -> tuple[str, int]:
+        asked.set()
+        await fail.wait()
+        raise StorageFailed("agent.db", "the disk is on fire")
+
+    async with PlainServer() as server, client(server, tmp_path) as ws:
+        monkeypatch.setattr(ws._outbox, "introduce", broken)
+        await asked.wait()
+        closing = asyncio.create_task(ws.close())
+        await asyncio.sleep(0)
+        fail.set()
+        await asyncio.wait_for(closing, 5)
+
+
+async def test_a_disk_that_cannot_be_read_is_a_visible_trouble(
+    tmp_path: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P8: reads that fail end the connection, not the manager; the reason is visible, and it goes on afterwards."""
+    async with PlainServer() as server, client(server, tmp_path) as ws:
+        await until(lambda: ws.state.value == "CONNECTED")
+        real = ws._outbox._fetch
+
+        def broken(*_: object) -> Any:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(ws._outbox, "_fetch", broken)
+        await ws.send("x")
+        await shown(ws, look, "closed with 1011: the outbox cannot be read")
+        monkeypatch.setattr(ws._outbox, "_fetch", real)
+        assert await ws.flush(10)
+        assert server.payloads == ["x"]
 
 
 @pytest.mark.parametrize(

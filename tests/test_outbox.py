@@ -24,7 +24,8 @@ async def test_any_number_write_and_one_drains(tmp_path: Path) -> None:
         Outbox(path) as two,
         durablews.connect(server.url, path, reconnect=FAST, proxy=None) as ws,
     ):
-        receipts = [await box.send(i) for i, box in enumerate([one, two, ws] * 5)]
+        sends = [one.send, two.send, ws.send] * 5
+        receipts = [await send(i) for i, send in enumerate(sends)]
         for receipt in receipts:
             await receipt.acked(10)
         assert (await one.counts()).pending == 0
@@ -113,9 +114,7 @@ async def test_a_producer_alone_keeps_its_log_short(tmp_path: Path, monkeypatch:
         assert connection.execute("SELECT count(*) FROM durablews_entries").fetchone() == (60,)
 
 
-async def test_a_path_is_one_outbox_whatever_it_is_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_path_is_one_outbox_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path, a link and a name with odd characters lead to the same file, wherever the program goes."""
     folder = tmp_path / "a b?#%é"
     folder.mkdir()

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,7 @@ def test_time_that_is_up_is_exit_code_4(tmp_path: Path) -> None:
     """--timeout gives up with 4, says why, and keeps everything."""
     send(tmp_path / "agent.db", "1")
     outbox = str(tmp_path / "agent.db")
-    code, said = run(
-        tmp_path, "--url", "ws://127.0.0.1:9/", "--outbox", outbox, "--until-empty", "--timeout", "300ms"
-    )
+    code, said = run(tmp_path, "--url", "ws://127.0.0.1:9/", "--outbox", outbox, "--until-empty", "--timeout", "300ms")
     assert code == 4
     assert said.splitlines()[-1].startswith("durablews: gave up with 1 waiting: ws://127.0.0.1:9/ cannot be reached")
     assert waiting(tmp_path / "agent.db") == 1
@@ -192,7 +191,9 @@ async def test_an_outbox_in_use_is_exit_code_3(tmp_path: Path) -> None:
     """The second drainer says who the first one is, and ends."""
     path = tmp_path / "agent.db"
     async with durablews.connect("ws://127.0.0.1:9/", path, delivery={"drain_timeout": 0}):
-        with Process(tmp_path, "run", [*COMMAND, "run", "--url", "ws://127.0.0.1:9/", "--outbox", str(path)]) as process:
+        with Process(
+            tmp_path, "run", [*COMMAND, "run", "--url", "ws://127.0.0.1:9/", "--outbox", str(path)]
+        ) as process:
             code, said = await asyncio.to_thread(process.end)
     assert (code, f"already in use by pid {os.getpid()} on" in said, said.count("\n")) == (3, True, 1), said
 
@@ -225,7 +226,7 @@ async def test_run_survives_its_server(tmp_path: Path) -> None:
         for i in range(3):
             async with inbox.serving():
                 await asyncio.to_thread(send, path, str(i))
-                await until(lambda i=i: len(inbox.rows()) == i + 1)
+                await until(partial(inbox.has, i + 1))
         code, _ = await asyncio.to_thread(process.end, signal.SIGTERM)
     assert code == 0
     assert inbox.payloads() == [0, 1, 2]

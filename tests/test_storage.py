@@ -104,7 +104,7 @@ async def test_concurrent_senders_share_transactions(tmp_path: Path) -> None:
 
 
 async def test_an_id_makes_a_second_send_harmless(tmp_path: Path) -> None:
-    """P7: after a cancelled send, the same again with the same id stores one message, also after it was acknowledged."""
+    """P7: after a cancelled send, the same again with the same id stores one message, even after its ack."""
     async with PlainServer() as server, client(server, tmp_path) as ws:
         for i in range(30):
             task = asyncio.create_task(ws.send(i, id=f"id-{i}"))
@@ -177,7 +177,7 @@ async def test_acks_are_kept_while_another_program_holds_the_lock(
 
 
 async def test_a_full_disk_is_said_to_senders_and_does_not_stop_draining(tmp_path: Path) -> None:
-    """P2, P8: OutboxFull while there is no room; what waits is sent and acked all the same; then there is room again."""
+    """P2, P8: OutboxFull while there is no room; what waits is sent and acked all the same; then there is room."""
     go = asyncio.Event()
 
     async def held_back(server: PlainServer, ws: Any) -> None:
@@ -193,9 +193,13 @@ async def test_a_full_disk_is_said_to_senders_and_does_not_stop_draining(tmp_pat
             connection.execute(f"PRAGMA max_page_count = {pages}")
 
         await storage.read(fill)
-        with pytest.raises(OutboxFull, match="disk is full"):
-            for _ in range(100):
+
+        async def send_for_ever() -> None:
+            while True:
                 await ws.send_many(["y" * 10_000] * 10)
+
+        with pytest.raises(OutboxFull, match="disk is full"):
+            await send_for_ever()
         before = (await ws.stats()).pending
         assert before >= 500
         go.set()
@@ -225,13 +229,10 @@ async def test_deletes_that_fail_are_owed_and_tried_without_a_busy_loop(tmp_path
         assert (await ws.stats()).pending == 3000
         assert (await ws.stats()).trouble is not None
         await traced(ws._outbox, log)
-        async with asyncio.timeout(10):
-            while log.count("ROLLBACK") < 2:  # it is tried again, by time alone
-                await asyncio.sleep(0.01)
-        started = asyncio.get_running_loop().time()
+        await until(lambda: log.count("ROLLBACK") >= 2)  # it is tried again, by time alone
         log.clear()
         await asyncio.sleep(0.5)  # no condition: what is shown is that little happens
-        assert log.count("ROLLBACK") <= 10, asyncio.get_running_loop().time() - started
+        assert log.count("ROLLBACK") <= 10
         # A new connection: what was acked is not sent again.
         server.connections[0].transport.abort()
         await until(lambda: len(server.times) == 2 and ws.state.value == "CONNECTED")
