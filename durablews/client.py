@@ -45,7 +45,7 @@ def connect(
     url: Provided = None,
     outbox: str | os.PathLike[str] | None = None,
     *,
-    config: str | Mapping[str, Any] | Settings | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | Settings | None = None,
     dialect: str | None = None,
     headers: Provided = None,
     token: Provided = None,
@@ -67,7 +67,7 @@ def connect(
     Raises:
         ConfigError: a setting is unknown, missing or out of its range.
     """
-    layer = load(config) if isinstance(config, str) else merge({}, _fields(config))
+    layer = load(os.fspath(config)) if isinstance(config, str | os.PathLike) else merge({}, _fields(config))
     given: dict[str, Any] = {"url": url if isinstance(url, str) else None, "dialect": dialect}
     given["outbox"] = os.fspath(outbox) if outbox is not None else None
     explicit = {name: value for name, value in given.items() if value is not None}
@@ -129,6 +129,7 @@ class Client:
 
         self._outbox.storage.on_settled = on_settled
         self._running = asyncio.create_task(manager.run(), name=f"durablews {self._outbox.path}")
+        self._running.add_done_callback(lambda _: manager.moved())
         return self
 
     async def __aexit__(
@@ -139,7 +140,7 @@ class Client:
     @property
     def state(self) -> State:
         """Where the link stands."""
-        return self._open().state
+        return State.DISCONNECTED if self._manager is None else self._manager.state
 
     @property
     def reason(self) -> str | None:
@@ -175,7 +176,11 @@ class Client:
         return await self._outbox.send_many(payloads, priority=priority, topic=topic, headers=headers, ttl=ttl)
 
     async def flush(self, timeout: float | None = None) -> bool:
-        """Wait until the outbox is empty; return whether it is. `timeout` is in seconds; None waits for ever."""
+        """Wait until the outbox is empty and return True; False when that is not to be.
+
+        Args:
+            timeout: seconds; None waits until it is empty, the client is closed, or `max_retries` is exhausted.
+        """
         manager = self._open()
         try:
             async with asyncio.timeout(timeout):
@@ -183,8 +188,10 @@ class Client:
                     moves = manager.moves  # taken before the look, so that nothing between the two is missed
                     if (await self._outbox.counts()).pending == 0:
                         return True
+                    if self._running is None or self._running.done():
+                        return False
                     await moves.wait()
-        except TimeoutError:
+        except (TimeoutError, OutboxClosed):
             return False
 
     async def stats(self) -> Stats:
@@ -210,12 +217,20 @@ class Client:
         return self._events.read()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        """Yield what the server pushes: JSON values, or bytes. Ends when the client is closed."""
+        """Yield what the server pushes: JSON values, or bytes. Ends when the client is closed.
+
+        A value that Python cannot hold (``1e400``) is left out and counted in `Stats.pushes_dropped`.
+        """
         while True:
             while self._pushes:
                 payload = self._pushes.popleft()
                 self._push_bytes -= len(payload)
-                yield decode_payload(payload)
+                try:
+                    message = decode_payload(payload)
+                except ValueError:  # valid JSON that Python cannot hold, such as 1e400
+                    self._pushes_dropped += 1
+                    continue
+                yield message
             if self._closed:
                 return
             self._pushed.clear()

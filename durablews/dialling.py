@@ -106,7 +106,7 @@ async def dial(endpoint: Endpoint, settings: Settings, subprotocols: tuple[str, 
         headers["Authorization"] = f"Bearer {token}"
     options: dict[str, Any] = {}
     if url.startswith("wss://"):
-        options["ssl"] = _tls(settings)
+        options["ssl"] = await asyncio.to_thread(_tls, settings)  # reads the system's authorities: 20 ms of disk
     try:
         shown = redacted(url)
         websocket = await _Connect(

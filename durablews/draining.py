@@ -142,14 +142,7 @@ class DrainedOutbox(Outbox):
             )
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
-        page = self.storage.synced_read(connection, peek)
-        for entry in page.entries:
-            self.storage.claims[entry.priority] = (0, entry.seq)
-        return page
-
-    def release_claims(self) -> None:
-        """Let policies take again what was read: the connection is gone."""
-        self.storage.claims = {}
+        return self.storage.synced_read(connection, peek)
 
     async def introduce(self) -> tuple[str, int]:
         """Return the stream and the `last` of a hello that is sent now."""
@@ -242,6 +235,7 @@ class DrainedOutbox(Outbox):
         """Delete what is too old, and return what waits and what has left."""
         counts, due = await self.storage.read(self._something_is_due)
         if due:
+            self.storage.unread()
             await self.storage.change(self._expire)
             self.look_again()
             counts = await self.storage.read(read_counts)
@@ -260,7 +254,7 @@ class DrainedOutbox(Outbox):
             (now, self.clock.boot_id, self.clock.boot()),
         )
         max_age = entries.read_caps(connection).max_age
-        settlement.expire(connection, now, max_age, self.storage.claims, self.clock.wall())
+        settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
 
     def confirm_wall_clock(self, server_date: int) -> None:
         """Take a server's Date (ms since 1970 UTC) as a witness of the wall clock.

@@ -165,7 +165,9 @@ def _enqueue_one(
             del fresh[fitting:]
             _reserve(connection, fresh)
         elif caps.overflow == "reject" or not _make_room(connection, fresh, caps, claims, wall):
-            return OutboxFull(path, _why_full(connection, caps, fresh))
+            full = OutboxFull(path, _why_full(connection, caps, fresh))
+            full.droppable = caps.overflow == "drop_oldest" and bool(claims)
+            return full
     first = _insert(connection, fresh, born, wall) if fresh else 0
     named = {draft.id: first + offset for offset, draft in enumerate(fresh) if draft.id is not None}
     if named:
@@ -237,7 +239,6 @@ def _make_room(connection: sqlite3.Connection, drafts: Sequence[Draft], caps: Ca
         "INSERT INTO durablews_departed (seq, reason, unknown, at) VALUES (?, 'dropped', ?, ?)",
         [(seq, ack_state == 1, wall) for seq, _, ack_state in victims],
     )
-    connection.execute("DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000")
     unanswered = sum(ack_state == 1 for _, _, ack_state in victims)
     connection.execute(
         "UPDATE durablews_totals SET messages = messages - ?, bytes = bytes - ?, dropped = dropped + ?,"

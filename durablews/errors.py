@@ -110,6 +110,9 @@ class OutboxClosed(OutboxError):
 class OutboxFull(OutboxError):
     """The caps of the outbox, or the disk, have no room; the message was not stored."""
 
+    #: Whether what is just on its way kept the overflow policy from making room.
+    droppable = False
+
 
 class MessageTooLarge(OutboxFull):
     """The message alone is over the byte cap: waiting will not make it fit."""

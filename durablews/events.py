@@ -92,10 +92,13 @@ class EventLog:
         for _, news in self._readers:
             news.set()
 
-    async def read(self) -> AsyncIterator[Event]:
-        """Yield events from now on, until the client is closed."""
+    def read(self) -> AsyncIterator[Event]:
+        """Return an iterator over the events from now on, until the client is closed."""
         reader: tuple[deque[Event], asyncio.Event] = (deque(maxlen=_MOST_EVENTS), asyncio.Event())
         self._readers.append(reader)
+        return self._iterate(reader)
+
+    async def _iterate(self, reader: tuple[deque[Event], asyncio.Event]) -> AsyncIterator[Event]:
         events, news = reader
         try:
             while True:

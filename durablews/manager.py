@@ -95,6 +95,8 @@ class ConnectionManager:
         self._on_push = on_push
         self._instance = secrets.token_hex(8)
         self._delivery = Delivery(settings.delivery, instance=self._instance)
+        outbox.storage.claims = self._delivery.claims
+        outbox.storage.unread = self._delivery.unread
         self._lifecycle = Lifecycle(self._state_changed)
         retry = settings.reconnect
         self._backoff = Backoff(
@@ -155,6 +157,8 @@ class ConnectionManager:
             asyncio.create_task(self._note_changes(), name="durablews note"),
         ]
         try:
+            for watcher in watchers:
+                watcher.add_done_callback(self._watcher_ended)
             await self._dial_for_ever()
         finally:
             for watcher in watchers:
@@ -270,7 +274,6 @@ class ConnectionManager:
                     self._events.put(Refused(action.seq, refusal.code, refusal.reason))
             elif isinstance(action, RenewStream):
                 await self._outbox.renew_stream()
-        self._outbox.release_claims()
         self.moved()
 
     def _introduction(self, stream: str, last: int) -> Introduction:
@@ -313,6 +316,12 @@ class ConnectionManager:
 
     # -- beside the link
 
+    def _watcher_ended(self, watcher: asyncio.Task[None]) -> None:
+        """Make a defect visible that ended a watcher: it must not stop in silence."""
+        if not watcher.cancelled() and (defect := watcher.exception()) is not None:
+            _log.error("a defect in durablews ended its %s", watcher.get_name(), exc_info=defect)
+            self.blocked = f"a defect in durablews ended its {watcher.get_name()}: {defect!r}"
+
     def _state_changed(self, before: State, after: State) -> None:
         _log.info("%s -> %s%s", before.value, after.value, f": {self.reason}" if self.reason else "")
         self._note_due.set()
@@ -336,6 +345,8 @@ class ConnectionManager:
         """Expire what is too old, report what left, and look for foreign messages that the watch cannot see."""
         while True:
             try:
+                if self._counts is None:  # before the first look takes anything, so that this is reported too
+                    self._counts = await self._outbox.counts()
                 counts = await self._outbox.expire()
             except OutboxError as exc:
                 self._outbox.storage.trouble = exc.what

@@ -87,6 +87,7 @@ class Receipt:
 
         Raises:
             Rejected, Expired, Dropped: it left the outbox, or became a dead letter, without an ack.
+            Undelivered: it left so long ago that what became of it is no longer known.
             TimeoutError: it still waits.
             OutboxClosed: the outbox was closed while it still waited.
         """
@@ -299,7 +300,13 @@ def _fate(connection: sqlite3.Connection, seq: int) -> int | Undelivered | None:
             "SELECT reason, unknown, became FROM durablews_departed WHERE seq = ? ORDER BY id DESC LIMIT 1", (seq,)
         ).fetchone()
         if left is None:
-            return None
+            forgotten = connection.execute("SELECT forgotten FROM durablews_meta").fetchone()[0]
+            if seq > forgotten:
+                return None
+            what = (
+                "left the outbox, and whether it was acknowledged is no longer known (10 000 have left without since)"
+            )
+            return Undelivered(f"message {seq} {what}", seq, unknown=True)
         reason, unknown, became = left
         if reason == "renumbered":
             seq = became

@@ -293,4 +293,3 @@ def _remember_departure(
         "INSERT INTO durablews_departed (seq, reason, unknown, became, at) VALUES (?, ?, ?, ?, ?)",
         (seq, reason, unknown, became, wall),
     )
-    connection.execute("DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000")

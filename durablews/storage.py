@@ -17,8 +17,8 @@ import aiosqlite
 
 from durablews import database, entries
 from durablews.clock import Clock
-from durablews.entries import Gap
-from durablews.errors import DurablewsError, OutboxClosed, OutboxError, StorageFailed
+from durablews.entries import Claims, Gap
+from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import JobConnection, run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.settlement import settle, stamp_unseen
@@ -46,9 +46,13 @@ class Storage:
     def __init__(self, path: str, *, durability: str, drainer: bool, clock: Clock) -> None:
         self.path = path
         self.clock = clock
-        #: What its own drainer has read in order to send it: no policy of this process takes it. The connection's
-        #: thread writes it in the same job that reads the entries, so that no later transaction can miss one.
-        self.claims: dict[int, tuple[int, int]] = {}
+        #: What its own drainer is about to send or has sent: no policy of this process takes it. Asked in the loop
+        #: before each transaction, when everything that was read by the transactions before it has arrived there.
+        self.claims: Callable[[], Claims] = dict
+        #: Gives up what was read and not sent, so that a policy may take it; says whether there was any.
+        self.unread: Callable[[], bool] = lambda: False
+        #: The claims of the transaction that runs.
+        self.claimed: Claims = {}
         #: Acknowledged runs that are still in the file, for the reads of the same job.
         self.owed: Sequence[Run] = ()
         #: Called in the loop after messages were stored, after runs were settled, and when others may have left.
@@ -239,15 +243,21 @@ class Storage:
         """Do one transaction's work; return why what is owed could not be written, after putting it back."""
         assert self._db is not None
         waiting = list(self._next.runs)
+        self.claimed = self.claims()
         try:
             results, error = await run_job(self._db, lambda connection: self._job(connection, work, waiting))
         except BaseException:
             self._next.put_back(work, requests=True)
             raise
         stored = False
-        for (_, future), result in zip(work.requests, results, strict=True):
-            stored = stored or not isinstance(result, Exception)
-            resolve(future, result)
+        full = [isinstance(result, OutboxFull) and result.droppable for result in results]
+        again = any(full) and self.unread()
+        if again:  # there is something now that may be dropped for them
+            self._next.requests[:0] = [request for request, is_full in zip(work.requests, full, strict=True) if is_full]
+        for (_, future), result, is_full in zip(work.requests, results, full, strict=True):
+            if not (again and is_full):
+                stored = stored or not isinstance(result, Exception)
+                resolve(future, result)
         if error is None:
             if work.runs:
                 self.on_settled(work.runs)
@@ -295,6 +305,8 @@ class Storage:
                         self._transaction(connection, work, [])
                     except OutboxError as again:
                         error = again
+                        with contextlib.suppress(OutboxError):  # what is owed must not keep others from storing
+                            results = self._transaction(connection, Work(), requests)
                     else:
                         error = None
                 elif requests:
@@ -320,7 +332,7 @@ class Storage:
                     settle(connection, work.runs)
                 outcomes = [job(connection) for job, _ in work.changes]
                 if requests:
-                    results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claims)
+                    results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claimed)
         except DurablewsError:
             raise
         except Exception as exc:  # a defect of ours: its callers must hear of it, and the writer must live on

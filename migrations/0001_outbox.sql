@@ -12,6 +12,8 @@ CREATE TABLE durablews_meta (
     raised_to      INTEGER,
     -- The largest window that was ever used: so many of each priority count as transmitted after a restart.
     largest_window INTEGER NOT NULL DEFAULT 0,
+    -- The highest sequence of those that durablews_departed no longer remembers.
+    forgotten      INTEGER NOT NULL DEFAULT 0,
     -- 1 while a drainer has it open: found set at an opening, that drainer died with messages in flight.
     draining       INTEGER NOT NULL DEFAULT 0,
     -- The outbox clock: its reading in ms, and the boot clock's when that was read.
@@ -89,6 +91,11 @@ CREATE TABLE durablews_departed (
     at     INTEGER NOT NULL              -- ms UTC
 ) STRICT;
 CREATE INDEX durablews_departed_seq ON durablews_departed (seq);
+CREATE TRIGGER durablews_departed_forget AFTER INSERT ON durablews_departed WHEN NEW.id > 10000 BEGIN
+    UPDATE durablews_meta SET forgotten = max(
+        forgotten, coalesce((SELECT max(seq) FROM durablews_departed WHERE id <= NEW.id - 10000), 0));
+    DELETE FROM durablews_departed WHERE id <= NEW.id - 10000;
+END;
 
 CREATE TABLE durablews_ids (
     -- The callers' own ids: a second send with the same one stores nothing new. The last 10 000 that left stay known.
@@ -193,7 +200,6 @@ CREATE TRIGGER durablews_arrivals_insert INSTEAD OF INSERT ON durablews_arrivals
     INSERT INTO durablews_departed (seq, reason, unknown, at)
     SELECT seq, 'dropped', ack_state = 1, CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)
     FROM durablews_evicted;
-    DELETE FROM durablews_departed WHERE id <= (SELECT max(id) FROM durablews_departed) - 10000;
     DELETE FROM durablews_entries WHERE seq IN (SELECT seq FROM durablews_evicted);
     DELETE FROM durablews_evicted;
 

@@ -22,6 +22,7 @@ import durablews
 from durablews import Dropped, Expired, OutboxClosed, OutboxInUse, Rejected, cli, draining, manager
 from durablews.client import Client
 from durablews.events import Connected, Departed, Event, Refused
+from durablews.outbox import Outbox
 
 NOWHERE = "ws://127.0.0.1:9/"  # the discard port: nobody listens
 
@@ -148,6 +149,19 @@ async def test_expiry_and_drops_reach_the_receipt(tmp_path: Path, monkeypatch: p
     await reading
 
 
+async def test_what_expired_while_nobody_drained_is_an_event(tmp_path: Path) -> None:
+    """P2: a departure that the very first look finds is reported like any other."""
+    async with Outbox(tmp_path / "agent.db") as box:
+        await box.send("old", ttl=0.001)
+    seen: list[Event] = []
+    ws = client(NOWHERE, tmp_path, delivery={"drain_timeout": 0})
+    reading = asyncio.create_task(collect(ws, seen))
+    await asyncio.sleep(0.01)  # the age of the message, and the reader's start
+    async with ws:
+        await until(lambda: Departed("expired", 1) in seen)
+    await reading
+
+
 async def test_drop_new_gives_a_receipt_that_says_so(tmp_path: Path) -> None:
     """P2: under drop_new a message that finds no room has a receipt without a sequence; `acked` raises Dropped."""
     settings: dict[str, Any] = {"caps": {"max_messages": 1, "overflow": "drop_new"}, "delivery": {"drain_timeout": 0}}
@@ -204,11 +218,16 @@ async def is_empty(ws: Client) -> bool:
     return await pending(ws) == 0
 
 
-async def test_flush_sees_that_another_program_emptied_the_outbox(tmp_path: Path) -> None:
-    """P8: flush() does not wait for ever for messages that somebody else removed."""
-    async with client(NOWHERE, tmp_path, delivery={"drain_timeout": 0}) as ws:
+async def test_flush_sees_that_another_program_emptied_the_outbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P8: flush() does not wait for ever for messages that somebody else removed, unseen by the watch."""
+    monkeypatch.setattr(manager, "_WATCH_INTERVAL", 1000.0)
+    async with PlainServer(window=0) as server, client(server, tmp_path, delivery={"drain_timeout": 0}) as ws:
+        await until(lambda: ws.state.value == "CONNECTED")
         await ws.send("a")
         waiting = asyncio.create_task(ws.flush())
+        assert not await is_empty(ws)  # looks after flush has looked
         with closing(sqlite3.connect(tmp_path / "agent.db", isolation_level=None)) as other:
             other.execute("DELETE FROM durablews_entries")
             other.execute("UPDATE durablews_totals SET messages = 0, bytes = 0")

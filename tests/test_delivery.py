@@ -998,3 +998,27 @@ def test_whatever_waits_has_a_timer_or_is_being_written(
         assert shell.delivery.in_flight <= window
         awaited = any(lane.recording for lane in shell.delivery._backlog.lanes.values())
         assert not shell.rows or awaited or shell.delivery.timer(shell.now) is not None
+
+
+def test_the_pause_counts_from_when_something_waits() -> None:
+    """C5: a window of 0 over an empty outbox is no pause; the five minutes begin with the first message."""
+    shell = connected(window=0)
+    shell.wait(1000.0)
+    shell.put(1)
+    shell.wait(299.0)
+    assert shell.told(Close) == []
+    shell.wait(1.5)
+    assert [close.code for close in shell.told(Close)] == [4408]
+
+
+def test_a_delay_that_ends_lets_the_urgent_overtake_what_was_read() -> None:
+    """P3: with the read-ahead full of lower ones, a higher priority whose nack delay is over is looked for at once."""
+    shell = connected(window=0)
+    shell.put(READ_AHEAD_MESSAGES + 1000)
+    (urgent,) = shell.put(1, priority=1)
+    shell.say(Flow(1024))
+    assert shell.take()[0] == [urgent]
+    shell.say(Flow(0))
+    shell.say(Nack(1, urgent, retry=5000, code="busy"))
+    shell.wait(5.1)
+    assert shell.delivery._backlog.lanes[1].ready

@@ -97,7 +97,7 @@ def test_poison_needs_three_closes_even_when_it_was_alone_from_the_start() -> No
 
 
 def test_an_answer_clears_the_suspect_and_batches_come_back() -> None:
-    """Whoever is answered was not it: counting begins anew, and messages go together again."""
+    """Whoever is answered was not it; once all that were in flight were answered, messages go together again."""
     shell = Shell()
     shell.put(5)
     for _ in range(3):
@@ -106,12 +106,36 @@ def test_an_answer_clears_the_suspect_and_batches_come_back() -> None:
     shell.take()
     shell.connect()
     assert shell.take() == [[1]]
-    shell.say(Ack(0, 1))
-    assert shell.take() == [[2, 3, 4, 5]]
+    for seq in range(1, 5):
+        shell.say(Ack(0, seq))
+        assert shell.take() == [[seq + 1]]
+    shell.put(3)
+    assert shell.take() == []
+    shell.say(Ack(0, 5))
+    assert shell.take() == [[6, 7, 8]]
     shell.lose(received(4400))
     shell.connect()
     shell.lose(received(4400))
     assert shell.told(Refuse) == []
+
+
+def test_a_culprit_behind_many_is_found_in_a_few_closes() -> None:
+    """With the poison at place 40, the innocent before it cost no close each: eight closes are enough."""
+    shell = Shell()
+    shell.put(60)
+    for _ in range(8):
+        shell.connect()
+        for _ in range(60):
+            frames = shell.take()
+            flying = [seq for frame in frames for seq in frame]
+            if 40 in flying or not flying:
+                break
+            shell.say(Ack(0, flying[-1]))
+        shell.lose(received(4400))
+        refused = [action.seq for action in shell.told(Refuse)]
+        if refused:
+            break
+    assert refused == [40]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,10 @@ async def _run(layers: dict[str, Any], *, until_empty: bool, timeout: float | No
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
+        try:
+            loop.add_signal_handler(number, stop, number)
+        except NotImplementedError:  # Windows: the signal arrives in the main thread instead
+            signal.signal(number, lambda received, _: loop.call_soon_threadsafe(stop, received))
     client = connect(config=layers)
     # They listen before the client does anything, so that they miss nothing.
     talk, exhausted = asyncio.create_task(_talk(client)), asyncio.create_task(_exhausted(client))

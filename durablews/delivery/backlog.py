@@ -17,10 +17,9 @@ __all__ = ["BATCH_BYTES", "BATCH_MESSAGES", "READ_AHEAD_BYTES", "READ_AHEAD_MESS
 #: each (measured).
 BATCH_MESSAGES = 256
 BATCH_BYTES = 256 * 1024
-#: So much is read ahead of the window, while what is in flight is on its way, and again when half of it was sent: the
-#: fewer and larger the reads, the less each message costs.
-READ_AHEAD_MESSAGES = 8 * BATCH_MESSAGES
-READ_AHEAD_BYTES = 8 * BATCH_BYTES
+#: So much is read ahead of the window, a page at a time: while one page is read, the others are sent.
+READ_AHEAD_MESSAGES, READ_AHEAD_BYTES = 8 * BATCH_MESSAGES, 8 * BATCH_BYTES
+_PAGE_MESSAGES, _PAGE_BYTES = 4 * BATCH_MESSAGES, 4 * BATCH_BYTES
 # What a frame needs beside payload, topic and headers of a message: sequence, meta, punctuation.
 _FRAMING = 64
 
@@ -76,16 +75,15 @@ class Backlog:
         waiting_bytes = sum(lane.ready_bytes for lane in self.lanes.values())
         room, room_bytes = READ_AHEAD_MESSAGES - waiting, READ_AHEAD_BYTES - waiting_bytes
         above = -101
-        if room < READ_AHEAD_MESSAGES // 2 or room_bytes < READ_AHEAD_BYTES // 2:
+        if room < _PAGE_MESSAGES or room_bytes < _PAGE_BYTES:
             # Full of what may go later: look only for what would overtake it.
             if not self._stale_above:
                 return None
             above = min((lane.priority for lane in self.lanes.values() if lane.ready), default=-101)
-            room, room_bytes = BATCH_MESSAGES, BATCH_BYTES
         # Cleared before the read: what is stored, recorded or released while it runs asks for another one.
         self._reading, self._stale, self._stale_above = True, above != -101, False
         after = {priority: lane.cursor for priority, lane in self.lanes.items()}
-        return Want(self._generation, after, self._closed(now), room, room_bytes, above)
+        return Want(self._generation, after, self._closed(now), _PAGE_MESSAGES, _PAGE_BYTES, above)
 
     def _closed(self, now: float) -> frozenset[int]:
         """Return the priorities of which nothing more may go just now."""
@@ -152,6 +150,21 @@ class Backlog:
                 return
             lowest.unread_last()
             self._stale = True
+
+    def unread(self) -> bool:
+        """Forget what was read and not sent, so that a policy may take it; return whether there was any."""
+        unread = [lane for lane in self.lanes.values() if lane.ready]
+        for lane in unread:
+            lane.rewind(lane.ready[0].seq - 1)
+        if unread or self._reading:
+            self._generation += 1  # what is being read just now comes too late
+            self._reading = False
+            self.stored()
+        return bool(unread)
+
+    def claims(self) -> dict[int, tuple[int, int]]:
+        """Return what is in flight or about to be, which no policy may take: priority -> first and last sequence."""
+        return {lane.priority: (0, lane.cursor) for lane in self.lanes.values() if lane.flight or lane.ready}
 
     def _lane(self, priority: int) -> Lane:
         if priority not in self.lanes:
@@ -223,7 +236,7 @@ class Backlog:
         for priority, hold in list(self._holds.items()):
             if now >= hold.until:
                 del self._holds[priority]
-                self._stale = True
+                self.stored()  # it may be more urgent than all that was read
 
     def hold_timers(self) -> list[float]:
         """Return when delays end."""
@@ -238,4 +251,4 @@ class Backlog:
         """Take note that what became of this entry is on the medium."""
         if priority in self.lanes:
             self.lanes[priority].recording.discard(seq)
-        self._stale = True
+        self.stored()

@@ -23,6 +23,7 @@ from durablews.delivery.actions import (
 from durablews.delivery.backlog import BATCH_BYTES, BATCH_MESSAGES, Backlog
 from durablews.delivery.lane import Lane, Transmission, run_of
 from durablews.delivery.pacing import Pacing
+from durablews.delivery.sizing import Sizing
 from durablews.delivery.suspicion import Closed, Suspicion, Verdict
 from durablews.errors import ProtocolError
 from durablews.messages import Entry, Refusal
@@ -46,8 +47,6 @@ _SHORTEST_RETRY, _LONGEST_RETRY = 0.1, 3600.0
 _DEFAULT_RETRY = 5.0
 # C5: paused by a window of 0 for so long; bye: the server has not closed after so long.
 _LONGEST_PAUSE, _LONGEST_BYE = 300.0, 10.0
-# Halvings after which a frame holds one message.
-_MOST_HALVINGS = BATCH_MESSAGES.bit_length() - 1
 
 
 class Delivery:
@@ -67,7 +66,7 @@ class Delivery:
         self._backlog = Backlog(config)
         self._pacing = Pacing(config.rate_limit)
         self._suspicion = Suspicion(instance)
-        self._halvings = 0
+        self._sizing = Sizing(BATCH_MESSAGES)
         self._actions: list[Action] = []
         #: Answers for what was not in flight: ignored, and counted here (C4).
         self.stray_answers = 0
@@ -139,26 +138,24 @@ class Delivery:
         largest = max((len(transmission.entries) for lane in lanes for transmission in lane.flight), default=0)
         # What a nack took back from behind the nacked one may still lie unread at the server, and be why it closes.
         unread = self._backlog.messages + self._astray
-        verdict = self._suspicion.judge(closed, (entry.priority, entry.seq) if entry else None, unread, now)
+        verdict = self._suspicion.judge(
+            closed,
+            (entry.priority, entry.seq) if entry else None,
+            unread,
+            now,
+            last={run.priority: run.last for run in runs},
+        )
         if runs:
             self._actions.append(MarkUnanswered(runs))
         if verdict is Verdict.SHARED:
             self._actions.append(RenewStream())
         elif verdict is Verdict.SHRINK:
-            self._shrink(largest)
+            self._suspicion.alone |= self._sizing.was_too_much(largest)
         elif entry is not None and verdict in (Verdict.POISON, Verdict.TOO_LARGE):
+            self._sizing.culprit_found()
             reason = closed.reason or f"the server closed with {closed.code} whenever it was sent"
             self._actions.append(Refuse(entry.priority, entry.seq, Refusal(verdict.value, reason, True)))
         self._reset()
-
-    def _shrink(self, largest: int) -> None:
-        """Send half as much at a time as the largest frame in flight held; then one message alone."""
-        if self._halvings >= _MOST_HALVINGS:
-            self._suspicion.alone = True
-        while self._halvings < _MOST_HALVINGS:
-            self._halvings += 1
-            if BATCH_MESSAGES >> self._halvings < max(largest, 2):
-                break
 
     def _close(self, code: int, reason: str) -> None:
         if not self._closing:
@@ -208,10 +205,6 @@ class Delivery:
 
     def _set_window(self, window: int, now: float) -> None:
         self._window = min(window, self._config.window)
-        if window:
-            self._paused_since = None
-        elif self._paused_since is None:
-            self._paused_since = now
 
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
@@ -221,7 +214,7 @@ class Delivery:
             return
         self._backlog.landed(run)
         self.progressed = True
-        self._halvings = max(0, self._halvings - 1)
+        self._sizing.answered()
         self._suspicion.answered(run.priority, run.last)
         self._actions.append(Settle(run))
         if self.idle:
@@ -270,6 +263,14 @@ class Delivery:
         """Take note that the outbox may hold more than was read."""
         self._backlog.stored()
 
+    def unread(self) -> bool:
+        """Forget what was read and not sent, so that a policy may take it; return whether there was any."""
+        return self._backlog.unread()
+
+    def claims(self) -> dict[int, tuple[int, int]]:
+        """Return what no policy of the owner may take now: priority -> first and last sequence."""
+        return self._backlog.claims()
+
     def wanted(self, now: float) -> Want | None:
         """Return what to read from the outbox now, or None. The answer goes to `supply`."""
         return self._backlog.wanted(now) if self._sending() else None
@@ -317,14 +318,14 @@ class Delivery:
 
     def _batch(self, lane: Lane, now: float) -> list[Entry]:
         """Return the first entries of a lane that may go in one frame now."""
-        window = max(1, self._window >> self._halvings) if self._window else 0
+        window = max(1, self._sizing.scaled(self._window)) if self._window else 0
         if self._suspicion.alone:
             window = min(window, 1)
-        most = min(self._backlog.places(lane, window), BATCH_MESSAGES >> self._halvings)
-        frame_room = BATCH_BYTES >> self._halvings
+        most = min(self._backlog.places(lane, window), self._sizing.scaled(BATCH_MESSAGES))
+        frame_room = self._sizing.scaled(BATCH_BYTES)
         if self._max_bytes is not None:
             frame_room = min(frame_room, self._max_bytes)
-        room = (self._config.window_bytes >> self._halvings) - self._backlog.bytes
+        room = self._sizing.scaled(self._config.window_bytes) - self._backlog.bytes
         most = self._pacing.allowed(now, min(most, len(lane.ready)))
         return self._backlog.batch(lane, now, most=most, room=room, frame_room=frame_room)
 
@@ -352,8 +353,9 @@ class Delivery:
         times.extend(self._ack_deadline(lane) for lane in self._backlog.lanes.values() if lane.flight)
         if self._bye_by is not None:
             times.append(self._bye_by)
-        if self._paused_since is not None and self._paused():
-            times.append(self._paused_since + _LONGEST_PAUSE)
+        pause_ends = self._pause_ends(now)
+        if pause_ends is not None:
+            times.append(pause_ends)
         paced = self._pacing.next_at()
         if paced is not None and self._sending() and self._backlog.waiting:
             times.append(paced)
@@ -366,18 +368,26 @@ class Delivery:
             return
         lanes = self._backlog.lanes.values()
         if any(lane.flight and now >= self._ack_deadline(lane) for lane in lanes):
-            self._halvings = min(self._halvings + 1, _MOST_HALVINGS)
+            self._sizing.timed_out()
             self._close(4408, f"no ack for {self._config.ack_timeout:g} s")
         elif self._bye_by is not None and now >= self._bye_by:
             self._close(1000, "bye")
-        elif self._paused_since is not None and self._paused() and now >= self._paused_since + _LONGEST_PAUSE:
-            self._close(4408, "paused for 5 minutes with messages to send")
+        else:
+            pause_ends = self._pause_ends(now)
+            if pause_ends is not None and now >= pause_ends:
+                self._close(4408, "paused for 5 minutes with messages to send")
 
     def _ack_deadline(self, lane: Lane) -> float:
         return max(lane.last_ack, lane.flight[0].progress) + self._config.ack_timeout
 
-    def _paused(self) -> bool:
-        return self._backlog.waiting > 0 and self._backlog.messages == 0
+    def _pause_ends(self, now: float) -> float | None:
+        """Return when a window of 0 has kept messages waiting for too long (C5); None while it keeps none."""
+        if not self._ready or self._window or self._backlog.messages or not self._backlog.waiting:
+            self._paused_since = None
+            return None
+        if self._paused_since is None:
+            self._paused_since = now
+        return self._paused_since + _LONGEST_PAUSE
 
 
 def _too_large(entry: Entry, needs: int, limit: int) -> Refusal:

@@ -7,6 +7,7 @@ ever blamed.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from enum import Enum
 
 from msgspec import Struct
@@ -52,15 +53,26 @@ class Suspicion:
         self._suspect: tuple[int, int] | None = None
         self._closes = 0
         self._takeovers: deque[float] = deque()
-        #: Whether messages go one at a time, until the suspect is answered.
+        # While one at a time goes: up to where in each priority, for what was in flight then held the culprit.
+        self._probing: dict[int, int] = {}
+        #: Whether messages go one at a time.
         self.alone = False
 
-    def judge(self, closed: Closed, oldest: tuple[int, int] | None, in_flight: int, now: float) -> Verdict:
+    def judge(
+        self,
+        closed: Closed,
+        oldest: tuple[int, int] | None,
+        in_flight: int,
+        now: float,
+        *,
+        last: Mapping[int, int] | None = None,
+    ) -> Verdict:
         """Weigh how a connection ended.
 
         Args:
             oldest: priority and sequence of the entry that was unanswered for longest, or None.
             in_flight: how many were unanswered.
+            last: priority -> the last sequence of those.
         """
         if not closed.received:
             return Verdict.NOTHING
@@ -71,28 +83,32 @@ class Suspicion:
         if closed.code in _TOO_LARGE:
             return Verdict.TOO_LARGE if in_flight == 1 else Verdict.SHRINK
         if closed.code in _SENSELESS:
-            return self._senseless(oldest, in_flight)
+            return self._senseless(oldest, in_flight, last or {})
         return Verdict.NOTHING
 
     def answered(self, priority: int, last: int) -> None:
         """Note that the server answered for everything of this priority up to `last`."""
-        if self._suspect is None:
-            self.alone = False
-        elif self._suspect[0] == priority and self._suspect[1] <= last:
-            self.forget()
+        if self._suspect is not None and self._suspect[0] == priority and self._suspect[1] <= last:
+            self._suspect, self._closes = None, 0
+        if self._probing.get(priority, last + 1) <= last:
+            del self._probing[priority]
+        # Not before all of them were answered: otherwise each innocent one before the culprit costs three more closes.
+        self.alone = bool(self._probing)
 
     def forget(self) -> None:
         """Suspect nobody any more: everything that waited was answered, or has left."""
         self._suspect, self._closes, self.alone = None, 0, False
+        self._probing = {}
 
-    def _senseless(self, oldest: tuple[int, int], in_flight: int) -> Verdict:
+    def _senseless(self, oldest: tuple[int, int], in_flight: int, last: Mapping[int, int]) -> Verdict:
         if oldest != self._suspect:
             self._suspect, self._closes = oldest, 0
         elif self.alone and in_flight == 1 and self._closes >= _CLOSES_BEFORE_PROBE:
             self.forget()
             return Verdict.POISON
         self._closes += 1
-        self.alone = self.alone or self._closes >= _CLOSES_BEFORE_PROBE
+        if self._closes >= _CLOSES_BEFORE_PROBE and not self.alone:
+            self.alone, self._probing = True, {oldest[0]: oldest[1], **last}
         return Verdict.NOTHING
 
     def _taken_over(self, closed: Closed, now: float) -> Verdict:
