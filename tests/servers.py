@@ -40,6 +40,8 @@ __all__ = [
 #: Seconds after which a condition that should come true counts as never coming true.
 DEADLINE = 20.0
 #: Reconnects that a test need not wait for.
+# Long enough between two tries for a look at why the last one ended, also on a machine that is busy.
+VISIBLE = {"base_delay": 0.3, "max_delay": 0.3, "jitter": 0.0, "connect_timeout": 5}
 FAST = {"base_delay": 0.01, "max_delay": 0.05, "connect_timeout": 5}
 
 ENVIRONMENT = {
