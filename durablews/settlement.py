@@ -15,6 +15,7 @@ from durablews.entries import Claims
 from durablews.messages import Refusal, Run
 
 __all__ = [
+    "CountsDiffer",
     "expire",
     "is_due",
     "is_unanswered",
@@ -25,6 +26,7 @@ __all__ = [
     "return_aside",
     "set_aside",
     "settle",
+    "settle_at_once",
     "stamp_unseen",
     "take_back",
 ]
@@ -55,24 +57,39 @@ DELETE FROM durablews_entries WHERE seq IN (
 RETURNING seq, bytes, ack_state"""
 
 
+class CountsDiffer(Exception):
+    """Another process dropped, and counted, some of what was in flight here: the transaction must be done again."""
+
+
+def settle_at_once(connection: sqlite3.Connection, runs: Sequence[Run]) -> None:
+    """Delete what the server acknowledged, all of it still there, and count it.
+
+    One statement for each run: to count first costs a quarter of the deletion again.
+
+    Raises:
+        CountsDiffer: some of it was gone. Roll back, and `settle` instead.
+    """
+    for run in runs:
+        if _delete(connection, run) != run.messages:
+            raise CountsDiffer
+    _count_acked(connection, sum(run.messages for run in runs), sum(run.bytes for run in runs))
+
+
 def settle(connection: sqlite3.Connection, runs: Sequence[Run]) -> None:
-    """Delete what the server acknowledged, and count it."""
-    connection.execute("SAVEPOINT settling")
-    deleted = [_delete(connection, run) for run in runs]
-    messages, size = sum(run.messages for run in runs), sum(run.bytes for run in runs)
-    if any(count != run.messages for count, run in zip(deleted, runs, strict=True)):
-        # Another process dropped some of them while they were in flight, and counted them: count what was left.
-        connection.execute("ROLLBACK TO settling")
-        messages = size = 0
-        for run in runs:
-            present = connection.execute(
-                "SELECT count(*), coalesce(sum(bytes), 0) FROM durablews_entries"
-                " WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2",
-                (run.priority, run.first, run.last),
-            ).fetchone()
-            messages, size = messages + present[0], size + present[1]
-            _delete(connection, run)
-    connection.execute("RELEASE settling")
+    """Delete what is left of what the server acknowledged, and count that."""
+    messages = size = 0
+    for run in runs:
+        present = connection.execute(
+            "SELECT count(*), coalesce(sum(bytes), 0) FROM durablews_entries"
+            " WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2",
+            (run.priority, run.first, run.last),
+        ).fetchone()
+        messages, size = messages + present[0], size + present[1]
+        _delete(connection, run)
+    _count_acked(connection, messages, size)
+
+
+def _count_acked(connection: sqlite3.Connection, messages: int, size: int) -> None:
     connection.execute(
         "UPDATE durablews_totals SET messages = messages - :n, bytes = bytes - :b, acked = acked + :n",
         {"n": messages, "b": size},

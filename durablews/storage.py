@@ -21,7 +21,7 @@ from durablews.entries import Claims, Gap
 from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import JobConnection, run_job, transaction
 from durablews.messages import Draft, Run
-from durablews.settlement import settle, stamp_unseen
+from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
 from durablews.work import SETTLE_DELAY, Work, resolve
 
 __all__ = ["Storage"]
@@ -324,24 +324,38 @@ class Storage:
     def _transaction(
         self, connection: sqlite3.Connection, work: Work, requests: Sequence[Sequence[Draft]]
     ) -> list[_Enqueued]:
-        results: list[_Enqueued] = []
         try:
-            with database.storage_errors(self.path), transaction(connection):
-                version = self._absorb(connection) if self._drainer else -1
-                if work.runs:
-                    settle(connection, work.runs)
-                outcomes = [job(connection) for job, _ in work.changes]
-                if requests:
-                    results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claimed)
+            with database.storage_errors(self.path):
+                try:
+                    results, outcomes = self._write(connection, work, requests, settle_at_once)
+                except CountsDiffer:
+                    results, outcomes = self._write(connection, work, requests, settle)
         except DurablewsError:
             raise
         except Exception as exc:  # a defect of ours: its callers must hear of it, and the writer must live on
             raise StorageFailed(self.path, f"a defect in durablews: {exc!r}; nothing was stored") from exc
-        self._synced_version = version
-        self._unsynced = self._durability != "power"
         for (_, future), outcome in zip(work.changes, outcomes, strict=True):
             _resolve_soon(future, outcome)
         return results
+
+    def _write(
+        self,
+        connection: sqlite3.Connection,
+        work: Work,
+        requests: Sequence[Sequence[Draft]],
+        settle_runs: Callable[[sqlite3.Connection, Sequence[Run]], None],
+    ) -> tuple[list[_Enqueued], list[Any]]:
+        results: list[_Enqueued] = []
+        with transaction(connection):
+            version = self._absorb(connection) if self._drainer else -1
+            if work.runs:
+                settle_runs(connection, work.runs)
+            outcomes = [job(connection) for job, _ in work.changes]
+            if requests:
+                results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claimed)
+        self._synced_version = version
+        self._unsynced = self._durability != "power"
+        return results, outcomes
 
     def _absorb(self, connection: sqlite3.Connection) -> int:
         """Start the age of what others inserted; return the data_version that this transaction stands on."""

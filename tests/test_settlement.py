@@ -418,3 +418,14 @@ def test_looking_for_the_expired_does_not_walk_the_backlog(outbox: sqlite3.Conne
         assert expired(outbox, clock, max_age) == []
         outbox.set_progress_handler(None, 0)
         assert steps <= most
+
+
+def test_settling_at_once_refuses_what_is_partly_gone(outbox: sqlite3.Connection, clock: FakeClock) -> None:
+    """Where another process dropped some of a run the quick way raises, and the careful one counts the rest."""
+    store(outbox, clock, *(draft("y") for _ in range(3)))
+    run = Run(0, 1, 4, 4, 12)
+    with pytest.raises(settlement.CountsDiffer), transaction(outbox):
+        settlement.settle_at_once(outbox, [run])
+    with transaction(outbox):
+        settlement.settle(outbox, [run])
+    assert (totals(outbox)["acked"], totals(outbox)["messages"]) == (3, 0)
