@@ -8,6 +8,7 @@ one value. So the rows' facts come as one JSON text and their payloads as one bl
 from __future__ import annotations
 
 import sqlite3
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, repeat
@@ -25,9 +26,11 @@ _WAITING = """
 FROM durablews_entries INDEXED BY durablews_queue
 WHERE priority = :priority AND seq > :after AND ack_state < 2 ORDER BY seq"""
 
-# What every row has, and what few have. Nothing here touches a payload: a large one lies on pages of its own.
+# What every row has, a list a column, and what few have. Nothing here touches a payload: a large one lies on pages of
+# its own.
 _FACTS = f"""
-SELECT json_group_array(json_array(seq, created_at, bytes, checksum, typeof(payload) = 'text')),
+SELECT json_group_array(seq), json_group_array(created_at), json_group_array(bytes), json_group_array(checksum),
+       json_group_array(typeof(payload) = 'text'),
        json_group_array(json_array(
            seq, topic, headers, transmissions, nacks,
            coalesce(length(CAST(topic AS BLOB)), 0) + coalesce(length(CAST(headers AS BLOB)), 0)))
@@ -41,7 +44,8 @@ SELECT CAST(group_concat(payload, '') AS BLOB) FROM (
 
 _ROWS = f"SELECT seq, priority, payload, topic, headers, created_at, bytes, transmissions, nacks, checksum {_WAITING}"
 
-_decode_facts = msgspec.json.Decoder(list[tuple[int, int, int, int | None, int]]).decode
+_decode_column = msgspec.json.Decoder(list[int]).decode
+_decode_checksums = msgspec.json.Decoder(list[int | None]).decode
 _decode_extras = msgspec.json.Decoder(list[tuple[int, str | None, str | None, int, int, int]]).decode
 _NO_EXTRAS = (None, None, 0, 0, 0)
 # Bulk steps in C: a loop of Python statements over the rows costs as much again as all of SQLite's work.
@@ -84,31 +88,27 @@ def _read_at_once(
     connection: sqlite3.Connection, priority: int, after: int, limit: int, max_bytes: int, at_least_one: bool
 ) -> Page:
     columns = connection.execute(_FACTS, {"priority": priority, "after": after, "limit": limit}).fetchone()
-    facts = _decode_facts(columns[0])
-    extras = {seq: rest for seq, *rest in _decode_extras(columns[1])} if columns[1] != "[]" else {}
-    size = taken = 0
-    for fact in facts:
-        size += fact[2]
-        if size > max_bytes and (taken or not at_least_one):
-            break
-        taken += 1
-    full = taken < len(facts) or len(facts) == limit
-    del facts[taken:]
-    if not facts:
+    seqs, created, sizes = map(_decode_column, columns[:3])
+    taken = bisect_right(list(accumulate(sizes)), max_bytes)
+    if at_least_one and seqs:
+        taken = max(taken, 1)
+    full = taken < len(seqs) or len(seqs) == limit
+    if not taken:
         return Page([], [], full)
-    bounds = {"priority": priority, "first": facts[0][0], "last": facts[-1][0], "limit": taken}
+    del seqs[taken:], created[taken:], sizes[taken:]
+    kept, are_text = _decode_checksums(columns[3])[:taken], _decode_column(columns[4])[:taken]
+    extras = {seq: rest for seq, *rest in _decode_extras(columns[5])} if columns[5] != "[]" else {}
+    bounds = {"priority": priority, "first": seqs[0], "last": seqs[-1], "limit": taken}
     payloads: bytes = connection.execute(_PAYLOADS, bounds).fetchone()[0] or b""
-    seqs, created, sizes, kept, are_text = zip(*facts, strict=True)
-    lengths = (
-        sizes
-        if not extras
-        else tuple(size - extras.get(seq, _NO_EXTRAS)[4] for seq, size in zip(seqs, sizes, strict=True))
-    )
+    lengths = sizes
+    if extras:
+        lengths = [size - int(extras.get(seq, _NO_EXTRAS)[4] or 0) for seq, size in zip(seqs, sizes, strict=True)]
     ends = list(accumulate(lengths))
     if ends[-1] != len(payloads):
         raise _Irregular
     slices: list[Any] = [payloads[end - length : end] for length, end in zip(lengths, ends, strict=True)]
-    if any(is_kept != found for is_kept, found in zip(kept, map(crc32, slices), strict=True) if is_kept is not None):
+    found = list(map(crc32, slices))
+    if found != kept and any(one not in (None, other) for one, other in zip(kept, found, strict=True)):
         raise _Irregular
     try:
         slices = [part.decode() if is_text else part for part, is_text in zip(slices, are_text, strict=True)]

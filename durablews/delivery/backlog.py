@@ -191,8 +191,12 @@ class Backlog:
         """
         hold = self._holds.get(lane.priority)
         held_from = hold.seq if hold is not None and now < hold.until else None
+        candidates = list(islice(lane.ready, max(0, most)))
+        size = sum([entry.bytes for entry in candidates])
+        if held_from is None and size <= room and size + _FRAMING * len(candidates) <= frame_room:
+            return candidates  # as nearly always: all of them fit
         batch: list[Entry] = []
-        for entry in islice(lane.ready, max(0, most)):
+        for entry in candidates:
             room -= entry.bytes
             frame_room -= entry.bytes + _FRAMING
             if room < 0 or frame_room < 0:

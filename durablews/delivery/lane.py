@@ -68,10 +68,9 @@ class Lane:
 
     def send(self, transmission: Transmission) -> None:
         """Move the first entries of `ready` into flight."""
-        pop = self.ready.popleft
-        for entry in transmission.entries:
-            pop()
-            self.ready_bytes -= entry.bytes
+        self.ready_bytes -= sum([entry.bytes for entry in transmission.entries])
+        for _ in transmission.entries:
+            self.ready.popleft()
         self.flight.append(transmission)
         self.after = transmission.entries[-1].seq
 
