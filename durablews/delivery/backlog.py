@@ -18,8 +18,8 @@ __all__ = ["BATCH_BYTES", "BATCH_MESSAGES", "READ_AHEAD_BYTES", "READ_AHEAD_MESS
 BATCH_MESSAGES = 256
 BATCH_BYTES = 256 * 1024
 #: So much is read ahead of the window, a page at a time: while one page is read, the others are sent.
-READ_AHEAD_MESSAGES, READ_AHEAD_BYTES = 8 * BATCH_MESSAGES, 8 * BATCH_BYTES
-_PAGE_MESSAGES, _PAGE_BYTES = 4 * BATCH_MESSAGES, 4 * BATCH_BYTES
+READ_AHEAD_MESSAGES, READ_AHEAD_BYTES = 16 * BATCH_MESSAGES, 8 * BATCH_BYTES
+_PAGE_MESSAGES, _PAGE_BYTES = 8 * BATCH_MESSAGES, 4 * BATCH_BYTES
 # What a frame needs beside payload, topic and headers of a message: sequence, meta, punctuation.
 _FRAMING = 64
 
