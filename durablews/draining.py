@@ -191,8 +191,9 @@ class DrainedOutbox(Outbox):
         self.storage.settle(run)
 
     async def renew_stream(self) -> None:
-        """Give the outbox a new stream, on the medium when this returns."""
+        """Give the outbox a new stream, on the medium when this returns, whatever the durability setting."""
         self.stream = await self.storage.change(identity.renew_stream)
+        await self.storage.read(lambda connection: self.storage.synced_read(connection, lambda _: None))
 
     def welcomed(self, max_bytes: int | None) -> asyncio.Future[list[tuple[int, Refusal]]]:
         """Note that a server takes frames of `max_bytes`; the future gives what was too large for too long."""

@@ -215,7 +215,7 @@ class Storage:
         if not work.runs:
             await self._wake.wait()
         elif self._deferred:
-            # More is being read to be sent, so more acks will come: the next read, or time, ends this.
+            # They were left out of a transaction of reads: more acks will come, and whatever comes next ends this.
             self._deferred = False
             self._wake.clear()
             left = work.runs_since + SETTLE_DELAY - asyncio.get_running_loop().time()

@@ -336,6 +336,24 @@ async def test_process_durability_syncs_before_it_sends(tmp_path: Path, monkeypa
         assert levels[-1] == 1
 
 
+async def test_a_new_stream_is_synced_before_its_hello(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4: under durability="process" too, a new stream is on the medium before any server hears of it."""
+    levels: list[int] = []
+    real = database.set_synchronous
+
+    def record(connection: sqlite3.Connection, path: str, level: int) -> None:
+        levels.append(level)
+        real(connection, path, level)
+
+    async with PlainServer() as server, client(server, tmp_path, durability="process") as ws:
+        await until(lambda: ws.state.value == "CONNECTED")
+        before = ws._outbox.stream
+        monkeypatch.setattr(database, "set_synchronous", record)
+        await ws._outbox.renew_stream()
+        assert ws._outbox.stream != before
+        assert levels[:2] == [2, 1]  # one commit with every sync there is, then as the owner wants it
+
+
 async def test_a_file_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path) -> None:
     """An opening that fails gives back the file, its thread and the right to drain; the same path works afterwards."""
     path = tmp_path / "agent.db"
