@@ -17,9 +17,10 @@ import aiosqlite
 
 from durablews import database, entries
 from durablews.clock import Clock
+from durablews.connecting import open_connection
 from durablews.entries import Claims, Gap
 from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
-from durablews.jobs import JobConnection, run_job, transaction
+from durablews.jobs import run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
 from durablews.work import SETTLE_DELAY, Work, resolve
@@ -80,14 +81,7 @@ class Storage:
         """
         await asyncio.to_thread(self._create)
         with database.storage_errors(self.path):
-            db = aiosqlite.connect(
-                database.uri(self.path, "rw"),
-                uri=True,
-                isolation_level=None,
-                timeout=database.BUSY_TIMEOUT,
-                factory=JobConnection,
-            )
-            self._db = await db
+            self._db = await open_connection(database.uri(self.path, "rw"), uri=True, timeout=database.BUSY_TIMEOUT)
         try:
             with database.storage_errors(self.path):
                 result = await run_job(self._db, lambda connection: self._first_job(connection, first))

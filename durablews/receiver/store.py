@@ -16,6 +16,7 @@ from typing import Final, Self, TypeVar, cast
 
 import aiosqlite
 
+from durablews.connecting import open_connection
 from durablews.errors import (
     DurablewsError,
     NotAnOutbox,
@@ -25,7 +26,7 @@ from durablews.errors import (
     OutboxTooNew,
     StorageFailed,
 )
-from durablews.jobs import JobConnection, run_job, transaction
+from durablews.jobs import run_job, transaction
 from durablews.receiver import ledger
 from durablews.receiver.session import StateLost
 
@@ -97,9 +98,7 @@ class Store:
         connection: aiosqlite.Connection | None = None
         try:
             await asyncio.to_thread(_create, self.path)
-            connection = await aiosqlite.connect(
-                self.path, factory=JobConnection, isolation_level=None, timeout=self._busy_timeout
-            )
+            connection = await open_connection(self.path, timeout=self._busy_timeout)
             await run_job(connection, self._set_up)
         except BaseException as exc:
             if connection is not None:
