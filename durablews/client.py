@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 from durablews.config import Settings, load, merge, read_settings
-from durablews.dialling import Endpoint, Provided, check_endpoint
 from durablews.draining import DrainedOutbox
+from durablews.endpoint import Endpoint, check_url
 from durablews.errors import ConfigError, OutboxClosed
-from durablews.events import Event, EventLog
+from durablews.events import Disconnected, EventLog, Events, Failed
 from durablews.lifecycle import State
-from durablews.manager import ConnectionManager
+from durablews.manager import ConnectionManager, OnOpen
 from durablews.messages import decode_payload
 from durablews.outbox import Counts, Receipt
+from durablews.providers import Provided
 from durablews.wire.native import dialect_named
 
 __all__ = ["Client", "Stats", "connect"]
@@ -29,14 +30,26 @@ _MOST_PUSHES, _MOST_PUSH_BYTES = 1000, 1024 * 1024
 class Stats(Counts, frozen=True, kw_only=True):
     """How a client is doing: the counts of its outbox, and its link.
 
-    `reason` says why the link is as it is, `blocked` what only the owner can mend, `trouble` what ails the disk.
+    Attributes:
+        reason: why the link is as it is, as a sentence.
+        blocked: what only the owner can mend.
+        trouble: what ails the disk.
+        next_attempt: when the next try is due, in ms since 1970 UTC; None when none is waited for.
+        connects: welcomes so far.
+        latency: seconds from a ping to its answer, averaged over the last ten; None before the first.
+        heartbeat_interval: seconds of silence before a ping; it changes when it is adaptive.
+        network_watch: why no change of the network wakes this client; None when it does.
     """
 
     state: str
     reason: str | None
     blocked: str | None
     trouble: str | None
+    next_attempt: int | None
     connects: int
+    latency: float | None
+    heartbeat_interval: float
+    network_watch: str | None
     pushes_dropped: int
     stray_answers: int
 
@@ -49,6 +62,8 @@ def connect(
     dialect: str | None = None,
     headers: Provided = None,
     token: Provided = None,
+    on_open: OnOpen | None = None,
+    veto: Callable[[Failed | Disconnected], Any] | None = None,
     **settings: Any,
 ) -> Client:
     """Return a client for ``async with``: it drains `outbox` to the server at `url` for as long as the block runs.
@@ -56,12 +71,19 @@ def connect(
     Never raises because of the network and never waits for it.
 
     Args:
-        url: ``ws://`` or ``wss://``; or a callable that gives it, sync or async, asked on every attempt.
+        url: ``ws://`` or ``wss://``; or a callable that gives it, sync or async, asked on every attempt. This and the
+            other callables may take `auth.provider_timeout` seconds; one that is not async runs in a thread.
         outbox: the file; created when there is none.
         config: a TOML file, a mapping, or `Settings`; keywords count more.
         dialect: what the server speaks; ``"durablews.v1"``.
         headers: a mapping for the handshake, or a callable that gives one.
-        token: a bearer token, or a callable that gives one.
+        token: a bearer token, or a callable that gives one. When the server does not accept it, the callable is asked
+            again at once, and an answer that differs is tried at once.
+        on_open: an async function that gets each new WebSocket (a `websockets` connection, with `send` and `recv`)
+            before anything else is said on it, within `connect_timeout`: for an authentication message. Raising
+            PermissionError says that the server does not accept the credentials.
+        veto: a callable that gets each `events.Failed` and `events.Disconnected`; if it returns true, the link stops
+            for good and everything is kept.
         settings: any table or setting of `Settings`: ``heartbeat={"interval": 20}``, ``durability="process"``.
 
     Raises:
@@ -77,8 +99,11 @@ def connect(
         raise ConfigError("url is missing")
     if known.outbox is None:
         raise ConfigError("outbox is missing: name the file that keeps the messages")
-    check_endpoint(address)
-    return Client(known, Endpoint(url=address, headers=headers, token=token))
+    check_url(address)
+    for name, hook in (("on_open", on_open), ("veto", veto)):
+        if hook is not None and not callable(hook):
+            raise ConfigError(f"{name} must be a callable, not {type(hook).__name__}")
+    return Client(known, Endpoint(known, url=address, headers=headers, token=token), on_open=on_open, veto=veto)
 
 
 def _fields(config: Mapping[str, Any] | Settings | None) -> Mapping[str, Any] | None:
@@ -90,13 +115,22 @@ def _fields(config: Mapping[str, Any] | Settings | None) -> Mapping[str, Any] | 
 class Client:
     """A durable connection. Use it with ``async with``; iterate it for what the server pushes."""
 
-    def __init__(self, settings: Settings, endpoint: Endpoint) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        endpoint: Endpoint,
+        *,
+        on_open: OnOpen | None = None,
+        veto: Callable[[Failed | Disconnected], Any] | None = None,
+    ) -> None:
         assert settings.outbox is not None
         self._settings = settings
         self._outbox = DrainedOutbox(settings.outbox, durability=settings.durability, caps=settings.caps)
         self._outbox.window = settings.delivery.window
         self._events = EventLog()
         self._endpoint = endpoint
+        self._on_open = on_open
+        self._veto = veto
         self._dialect = dialect_named(settings.dialect)
         self._manager: ConnectionManager | None = None
         self._running: asyncio.Task[None] | None = None
@@ -117,6 +151,8 @@ class Client:
             self._dialect,
             events=self._events,
             on_push=self._push,
+            on_open=self._on_open,
+            veto=self._veto,
         )
         await self._outbox.open()
         self._manager = manager
@@ -179,7 +215,7 @@ class Client:
         """Wait until the outbox is empty and return True; False when that is not to be.
 
         Args:
-            timeout: seconds; None waits until it is empty, the client is closed, or `max_retries` is exhausted.
+            timeout: seconds; None waits until it is empty, the client is closed, or no more tries are made.
         """
         manager = self._open()
         try:
@@ -188,7 +224,7 @@ class Client:
                     moves = manager.moves  # taken before the look, so that nothing between the two is missed
                     if (await self._outbox.counts()).pending == 0:
                         return True
-                    if self._running is None or self._running.done():
+                    if self._running is None or self._running.done() or manager.given_up:
                         return False
                     await moves.wait()
         except (TimeoutError, OutboxClosed):
@@ -203,17 +239,28 @@ class Client:
             reason=manager.reason,
             blocked=manager.blocked,
             trouble=self._outbox.storage.trouble,
+            next_attempt=manager.next_attempt,
             connects=manager.connects,
+            latency=manager.heartbeat.latency,
+            heartbeat_interval=manager.heartbeat.interval,
+            network_watch=manager.housekeeping.network.absent,
             pushes_dropped=self._pushes_dropped,
             stray_answers=manager.stray_answers,
         )
 
     def wake(self) -> None:
-        """Dial now instead of waiting for the next try: the network is back."""
+        """Dial now instead of waiting for the next try; a link that stands is pinged at once.
+
+        For an operating system's word that the network is back. On Linux the client hears of new addresses and default
+        routes, and of the end of a sleep, by itself. After `max_retries` were used up it begins anew.
+        """
         self._open().wake()
 
-    def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to this client from now on. Who does not read loses the oldest, never memory."""
+    def events(self) -> Events:
+        """Yield what happens to this client from now on. Who does not read loses the oldest, never memory.
+
+        See `durablews.events`.
+        """
         return self._events.read()
 
     async def __aiter__(self) -> AsyncIterator[Any]:

@@ -50,6 +50,8 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=1e9, extra={"kind": _Duration})]
 Size = Annotated[int, Meta(gt=0, lt=2**62, extra={"kind": _Size})]
 Count = Annotated[int, Meta(gt=0, lt=2**53)]
 
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
 
 class ReconnectConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When to try again. Delays are ``min(base_delay * factor ** attempt, max_delay)``, jittered."""
@@ -64,6 +66,12 @@ class ReconnectConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     jitter: Literal["full", "equal"] | Annotated[float, Meta(ge=0, le=1)] = "full"
     #: Failed tries in a row after which the link stays DISCONNECTED, everything kept; None: never.
     max_retries: Annotated[int, Meta(ge=0)] | None = None
+    #: Seconds over which the first try after a good connection is spread; None: base_delay. A fleet whose server takes
+    #: 500 connections a second wants its number of devices / 500 here.
+    first_delay: Seconds | None = None
+    #: Seconds after which a connection is left between two messages and made anew; None: never. For paths that cut
+    #: after a fixed time: it is drawn anew for each connection, between 80 % of this and this.
+    max_connection_age: Seconds | None = None
     #: Seconds for dialling, the handshake and the server's welcome together.
     connect_timeout: Seconds = 10.0
     #: Seconds connected after which the backoff starts anew; an ack does that at once.
@@ -71,7 +79,7 @@ class ReconnectConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class HeartbeatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a dead link is noticed: within ``interval * max_missed + timeout`` seconds."""
+    """How a dead link is noticed: within ``interval * max_missed + timeout`` seconds of the last sign of life."""
 
     #: Seconds of silence after which a ping is sent.
     interval: Seconds = 30.0
@@ -79,6 +87,11 @@ class HeartbeatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     timeout: Seconds = 10.0
     #: Pings without an answer after which the link is closed with 4408.
     max_missed: Annotated[int, Meta(ge=1, le=1000)] = 3
+    #: Whether the interval follows the measured latency, between 15 and 60 s: an average of the last ten above 5 s
+    #: doubles it, one below 1 s halves it. `interval` is where it begins.
+    adaptive: bool = False
+    #: Whether pings are messages of the dialect instead of WebSocket pings, for paths that lose or fake those.
+    application: bool = False
 
 
 class CapsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,6 +140,8 @@ class AuthConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     token_file: str | None = None
     #: Headers of the handshake.
     headers: dict[str, str] = {}
+    #: Seconds for which a callable that gives the url, the headers, the token or a veto may take to answer.
+    provider_timeout: Seconds = 10.0
 
 
 class TLSConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -298,6 +313,10 @@ def _plain(value: Mapping[str, Any], kind: type[Struct], where: str) -> dict[str
 def _value(given: Any, annotation: Any) -> Any:
     if not isinstance(given, str):
         return given
+    if annotation is bool:
+        if given.lower() not in _BOOLEANS:
+            raise ConfigError(f"{given!r} is neither true nor false")
+        return _BOOLEANS[given.lower()]
     options = get_args(annotation) if type(None) in get_args(annotation) or UnsetType in get_args(annotation) else ()
     if given.lower() == "none" and type(None) in options:
         return None
@@ -317,8 +336,9 @@ def _table(kind: type[Struct], name: str) -> type[Struct] | None:
 
 
 def _is_text(kind: type[Struct], name: str) -> bool:
+    """Whether an environment variable's text is kept as it is: `_value` knows what a text may mean there."""
     annotation = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
-    return str in (annotation, *get_args(annotation))
+    return annotation is bool or str in (annotation, *get_args(annotation))
 
 
 def _number(text: str) -> Any:

@@ -3,59 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import websockets
-from msgspec import Struct
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidProxyStatus, InvalidStatus, InvalidURI, NegotiationError, SecurityError
+from websockets.exceptions import (
+    InvalidProxy,
+    InvalidProxyStatus,
+    InvalidStatus,
+    InvalidURI,
+    NegotiationError,
+    ProxyError,
+    SecurityError,
+)
 from websockets.uri import parse_uri
 
 from durablews import __version__
 from durablews.config import Settings
-from durablews.errors import ConfigError
+from durablews.endpoint import Target, redacted
+from durablews.reconnection import Outcome, refused_outcome
 
-__all__ = ["DialFailed", "Endpoint", "Provided", "check_endpoint", "dial", "redacted", "server_date"]
+__all__ = ["DialFailed", "dial", "server_date"]
 
-#: A value, or a callable that gives it, sync or async, asked on every attempt.
-Provided = Any
-
-#: The longest Retry-After that is honoured, in seconds.
-_LONGEST_RETRY_AFTER = 3600.0
-# What only the owner can mend: the credentials, the address.
-_OWNERS = frozenset({401, 403})
 # The close handshake with a server that may be gone: it must not hold up the next attempt.
 _CLOSE_TIMEOUT = 2.0
 
 
-class Endpoint(Struct, frozen=True, kw_only=True):
-    """Where to connect, and as whom."""
-
-    url: Provided
-    headers: Provided = None
-    token: Provided = None
-
-
 class DialFailed(Exception):
-    """An attempt failed.
+    """An attempt failed; `outcome` says how, and what follows."""
 
-    Attributes:
-        retry_after: seconds that the server asked for, or None.
-        blocked: whether only the owner can mend it.
-    """
-
-    def __init__(self, reason: str, *, retry_after: float | None = None, blocked: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.retry_after = retry_after
-        self.blocked = blocked
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
 
 
 class _NoSecrets(logging.LoggerAdapter[logging.Logger]):
@@ -78,40 +61,20 @@ class _Connect(connect):
         return target
 
 
-def redacted(url: str) -> str:
-    """Return a URL without what may be secret in it: user, password, query, fragment."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
-
-
-async def dial(endpoint: Endpoint, settings: Settings, subprotocols: tuple[str, ...]) -> tuple[ClientConnection, str]:
-    """Open a WebSocket; return it and its redacted URL. The caller limits the time.
+async def dial(target: Target, settings: Settings, subprotocols: tuple[str, ...]) -> ClientConnection:
+    """Open a WebSocket. The caller limits the time.
 
     Raises:
         DialFailed: it did not work. Nothing else but cancellation is raised for what the network answers.
     """
-    try:
-        url = await _ask(endpoint.url)
-        headers = {**settings.auth.headers, **(await _ask(endpoint.headers) or {})}
-        token = await _token(endpoint, settings)
-    except asyncio.CancelledError:
-        raise
-    except Exception as exc:
-        # Its text may hold what it was about to give.
-        raise DialFailed(f"a provider of url, headers or token failed: {type(exc).__name__}", blocked=True) from exc
-    if not isinstance(url, str) or not url.startswith(("ws://", "wss://")):
-        raise DialFailed("the url must begin with ws:// or wss://", blocked=True)
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    shown = redacted(target.url)
     options: dict[str, Any] = {}
-    if url.startswith("wss://"):
+    if target.url.startswith("wss://"):
         options["ssl"] = await asyncio.to_thread(_tls, settings)  # reads the system's authorities: 20 ms of disk
     try:
-        shown = redacted(url)
-        websocket = await _Connect(
-            url,
-            additional_headers=headers,
+        return await _Connect(
+            target.url,
+            additional_headers=target.headers,
             subprotocols=[websockets.Subprotocol(name) for name in subprotocols],
             user_agent_header=f"durablews/{__version__}",
             compression=settings.compression,
@@ -124,28 +87,47 @@ async def dial(endpoint: Endpoint, settings: Settings, subprotocols: tuple[str, 
             **options,
         )
     except InvalidStatus as exc:
-        raise _refused(exc.response.status_code, exc.response.headers, shown) from exc
-    except InvalidProxyStatus as exc:
-        raise DialFailed(f"the proxy answered HTTP {exc.response.status_code} for {shown}") from exc
-    except NegotiationError as exc:
-        raise DialFailed(f"{shown} selected a subprotocol that was not offered", blocked=True) from exc
-    except (InvalidURI, SecurityError) as exc:
-        raise DialFailed(f"{shown} redirects to an address that is not allowed (a login page?)") from exc
-    except ssl.SSLCertVerificationError as exc:
-        raise DialFailed(f"the certificate of {shown} is not trusted: {exc.verify_message}", blocked=True) from exc
-    except ssl.SSLError as exc:
-        raise DialFailed(f"TLS with {shown} failed: {exc.reason or type(exc).__name__}") from exc
-    except socket.gaierror as exc:
-        raise DialFailed(f"the name of {shown} cannot be resolved: {exc.strerror}") from exc
-    except OSError as exc:
-        raise DialFailed(f"{shown} cannot be reached: {exc.strerror or type(exc).__name__}") from exc
-    except (websockets.WebSocketException, EOFError) as exc:
-        raise DialFailed(f"{shown} did not answer as a WebSocket server: {type(exc).__name__}") from exc
+        raise DialFailed(refused_outcome(shown, exc.response.status_code, exc.response.headers)) from exc
     except Exception as exc:
-        # An address, a header or a proxy that cannot be used, or a package that a proxy needs; no texts: they may hold
-        # what is secret.
-        raise DialFailed(f"the url, headers or proxy cannot be used: {type(exc).__name__}", blocked=True) from exc
-    return websocket, shown
+        raise DialFailed(_failed(exc, shown)) from exc
+
+
+def _failed(exc: Exception, shown: str) -> Outcome:
+    """Say in a sentence why no WebSocket came about. No texts of others where they may hold what is secret."""
+    name = type(exc).__name__
+    if isinstance(exc, InvalidProxyStatus):
+        status = exc.response.status_code
+        why = "HTTP 407: it wants credentials" if status == 407 else f"HTTP {status}"
+        return _outcome("proxy", f"the proxy answered {why} for {shown}", owners=status == 407, code=status)
+    if isinstance(exc, InvalidProxy):
+        return _outcome("proxy", "the proxy's address cannot be used", owners=True)
+    if isinstance(exc, ProxyError):
+        return _outcome("proxy", f"the proxy did not connect to {shown}")
+    if isinstance(exc, ImportError):  # connecting through SOCKS is an extra
+        return _outcome("proxy", 'a SOCKS proxy needs a package: pip install "durablews[socks]"', owners=True)
+    if isinstance(exc, NegotiationError):
+        return _outcome("subprotocol", f"{shown} selected a subprotocol that was not offered", owners=True)
+    if isinstance(exc, InvalidURI | SecurityError):
+        return _outcome("redirect", f"{shown} redirects to an address that is not allowed (a login page?)")
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        what = f"the certificate of {shown} is not trusted: {exc.verify_message}"
+        return _outcome("certificate", what, owners=True)
+    if isinstance(exc, ssl.SSLError):
+        return _outcome("tls", f"TLS with {shown} failed: {exc.reason or name}")
+    if isinstance(exc, socket.gaierror):
+        return _outcome("dns", f"the name of {shown} cannot be resolved: {exc.strerror}")
+    if isinstance(exc, OSError):
+        return _outcome("network", f"{shown} cannot be reached: {exc.strerror or name}")
+    if isinstance(exc, EOFError) or isinstance(exc.__cause__, EOFError):  # a reset looks the same to websockets
+        return _outcome("network", f"{shown} ended the connection without an answer")
+    if isinstance(exc, websockets.WebSocketException):
+        return _outcome("handshake", f"{shown} did not answer as a WebSocket server: {name}")
+    # An address, a header or a proxy that cannot be used.
+    return _outcome("settings", f"the url, headers or proxy cannot be used: {name}", owners=True)
+
+
+def _outcome(kind: str, reason: str, *, owners: bool = False, code: int | None = None) -> Outcome:
+    return Outcome(kind=kind, reason=reason, code=code, blocked=reason if owners else None, slow=owners)
 
 
 def server_date(websocket: ClientConnection) -> int | None:
@@ -157,73 +139,12 @@ def server_date(websocket: ClientConnection) -> int | None:
         return None
 
 
-def check_endpoint(url: Provided) -> None:
-    """Check what can be checked of a URL before the first attempt.
-
-    Raises:
-        ConfigError: it is not one for a WebSocket.
-    """
-    if callable(url):
-        return
-    try:
-        usable = isinstance(url, str) and url.startswith(("ws://", "wss://")) and bool(urlsplit(url).hostname)
-    except ValueError:  # half an IPv6 address
-        usable = False
-    if not usable:
-        raise ConfigError("url must begin with ws:// or wss:// and name a host")
-
-
-async def _ask(provided: Provided) -> Any:
-    if not callable(provided):
-        return provided
-    provider: Callable[[], Any] | Callable[[], Awaitable[Any]] = provided
-    answer = provider()
-    return await answer if inspect.isawaitable(answer) else answer
-
-
-async def _token(endpoint: Endpoint, settings: Settings) -> str | None:
-    if endpoint.token is not None:
-        token = await _ask(endpoint.token)
-    elif settings.auth.token_file is not None:
-        token = await asyncio.to_thread(_read_token, settings.auth.token_file)
-    else:
-        return None
-    return None if token is None else str(token)
-
-
-def _read_token(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
-
-
 def _tls(settings: Settings) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.tls.ca_file)
         if settings.tls.cert_file is not None:
             context.load_cert_chain(settings.tls.cert_file, settings.tls.key_file)
     except OSError as exc:
-        raise DialFailed(f"the TLS files cannot be used: {exc.strerror or type(exc).__name__}", blocked=True) from exc
+        what = f"the TLS files cannot be used: {exc.strerror or type(exc).__name__}"
+        raise DialFailed(_outcome("settings", what, owners=True)) from exc
     return context
-
-
-def _refused(status: int, headers: Mapping[str, str], shown: str) -> DialFailed:
-    meaning = {
-        200: "HTTP 200 instead of a WebSocket: a captive portal or a web page",
-        401: "HTTP 401: the token is missing or not accepted",
-        403: "HTTP 403: not allowed",
-        404: "HTTP 404: there is nothing at this path",
-        429: "HTTP 429: too many connections",
-    }.get(status, f"HTTP {status}")
-    return DialFailed(f"{shown} answered {meaning}", retry_after=_retry_after(headers), blocked=status in _OWNERS)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    text = headers.get("Retry-After", "")
-    if text.isdecimal():
-        return min(float(text), _LONGEST_RETRY_AFTER)
-    try:
-        at = parsedate_to_datetime(text)
-        now = parsedate_to_datetime(headers["Date"])  # the server's clock, for the machine's may be off
-        return min(max(0.0, (at - now).total_seconds()), _LONGEST_RETRY_AFTER)
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -33,6 +33,7 @@ class LinkEvent(enum.Enum):
     LOST = "lost"
     RETRY = "retry"
     EXHAUSTED = "exhausted"
+    VETOED = "vetoed"
     STOP = "stop"
 
 
@@ -43,6 +44,7 @@ TRANSITIONS: dict[tuple[State, LinkEvent], State] = {
     (State.CONNECTED, LinkEvent.LOST): State.RECONNECTING,
     (State.RECONNECTING, LinkEvent.RETRY): State.CONNECTING,
     (State.RECONNECTING, LinkEvent.EXHAUSTED): State.DISCONNECTED,
+    (State.RECONNECTING, LinkEvent.VETOED): State.DISCONNECTED,
     (State.DISCONNECTED, LinkEvent.STOP): State.DISCONNECTED,
     (State.CONNECTING, LinkEvent.STOP): State.DISCONNECTED,
     (State.CONNECTED, LinkEvent.STOP): State.DISCONNECTED,

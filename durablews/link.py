@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from durablews.delivery.actions import (
     Action,
     Close,
     Deliver,
+    Echoed,
     MarkUnanswered,
     Postpone,
     Refuse,
@@ -23,11 +26,20 @@ from durablews.delivery.actions import (
     Want,
     Welcomed,
 )
+from durablews.delivery.deadlines import RENEWAL
 from durablews.delivery.delivery import Delivery
 from durablews.delivery.suspicion import Closed
 from durablews.draining import DrainedOutbox, Page
 from durablews.errors import OutboxError
-from durablews.events import EventLog, Refused
+from durablews.events import (
+    EventLog,
+    HeartbeatTimeout,
+    Latency,
+    MessagePushed,
+    MessageRejected,
+    MessagesAcked,
+    MessagesSent,
+)
 from durablews.heartbeat import Beat, Heartbeat
 from durablews.messages import Refusal
 from durablews.wire.dialect import Introduction, Wire
@@ -35,12 +47,19 @@ from durablews.wire.dialect import Introduction, Wire
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
-__all__ = ["Link"]
+if sys.platform == "linux":
+    import fcntl
+
+__all__ = ["Link", "how_closed"]
 
 # While frames are still to be taken by a slow socket, look so often how far it is (seconds).
-_PROGRESS_LOOK = 0.5
-# The close handshake has a timeout of its own; this one is for a socket that does not even take the frame.
-_LONGEST_CLOSE = 5.0
+_PROGRESS_LOOK = 0.1
+# linux/sockios.h: bytes that were written to a TCP socket and that the other end has not acknowledged (tcp(7)).
+_SIOCOUTQ = 0x5411
+# The close handshake has a timeout of its own; this one is for a socket that does not even take the frame. Who did not
+# answer pings or messages will not answer a close frame either: it gets the frame if it can, and no time.
+_LONGEST_CLOSE, _LONGEST_CLOSE_UNHEARD = 5.0, 0.5
+_UNHEARD = 4408
 
 
 class Link:
@@ -55,6 +74,7 @@ class Link:
         outbox: DrainedOutbox,
         heartbeat: Heartbeat,
         introduction: Callable[[str, int], Introduction],
+        leave_at: float | None,
         events: EventLog,
         on_welcome: Callable[[], None],
         on_push: Callable[[str | bytes], None],
@@ -65,6 +85,7 @@ class Link:
         self._outbox = outbox
         self._heartbeat = heartbeat
         self._introduction = introduction
+        self._leave_at = leave_at
         self._events = events
         self._on_welcome = on_welcome
         self._on_push = on_push
@@ -73,7 +94,13 @@ class Link:
         self._changed = asyncio.Event()
         self._close: Close | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handed = 0
+        # Bytes of frames: handed to the socket, taken by the other end, and handed before the last ping. The two others
+        # are what the last look found.
+        self._handed = self._taken = self._before_ping = 0
+        self._seen_handed = self._seen_queued = 0
+        self._seen_at = 0.0
+        self._pings: dict[int, float] = {}
+        self._ping_number = 0
         self._defect: Exception | None = None
         #: Seconds that the server asked the client to stay away.
         self.postponed = 0.0
@@ -101,6 +128,16 @@ class Link:
         self._delivery.stored()
         self._act()
 
+    def probe(self) -> None:
+        """Ask at once whether the other side is still there."""
+        self._heartbeat.probe(self._now())
+        self._changed.set()
+
+    @property
+    def retired(self) -> bool:
+        """Whether this side left because the connection had reached its age."""
+        return self._close is not None and self._close.reason == RENEWAL
+
     def close(self, code: int, reason: str) -> None:
         """Begin to close from this side."""
         if self._close is None:
@@ -116,8 +153,11 @@ class Link:
             if not self._delivery.ready and now >= welcome_by:
                 self._close = Close(4408, "no welcome in time")
                 break
-            self._beat(now)
             self._report_taken(now)
+            self._beat(now)
+            if self._leave_at is not None and now >= self._leave_at:
+                self._leave_at = None
+                self._delivery.retire()
             self._delivery.handle_timer(now)
             self._act()
             if self._close is not None:
@@ -134,7 +174,9 @@ class Link:
             times.append(timer)
         if not self._delivery.ready:
             times.append(welcome_by)
-        if self._delivery.untaken:
+        if self._leave_at is not None:
+            times.append(self._leave_at)
+        if self._delivery.untaken or self._taken < self._before_ping:
             times.append(now + _PROGRESS_LOOK)
         return min(times)
 
@@ -149,7 +191,7 @@ class Link:
         close = self._close
         if close is not None and not reader.done():
             try:
-                async with asyncio.timeout(_LONGEST_CLOSE):
+                async with asyncio.timeout(_LONGEST_CLOSE_UNHEARD if close.code == _UNHEARD else _LONGEST_CLOSE):
                     await self._websocket.close(close.code, close.reason.encode()[:120].decode(errors="ignore"))
             except TimeoutError:
                 self._websocket.transport.abort()
@@ -157,14 +199,9 @@ class Link:
         self.progressed = self._delivery.progressed
         if self._defect is not None:
             raise self._defect
-        received = self._websocket.protocol.close_rcvd
         if close is not None:
             return Closed(code=close.code, reason=close.reason, received=False, leaving=True)
-        if received is not None:
-            return Closed(code=received.code, reason=received.reason, received=True)
-        sent = self._websocket.protocol.close_sent
-        # What websockets itself found wrong with the other side's frames, such as 1009.
-        return Closed(code=sent.code, reason=sent.reason) if sent else Closed(code=1006, reason="the link was lost")
+        return how_closed(self._websocket)
 
     async def _read(self) -> None:
         """Read for as long as the server sends: acks are read whatever the application does (C10)."""
@@ -180,30 +217,68 @@ class Link:
         while True:
             self._sendable.clear()
             while (frame := self._delivery.frame_to_send(self._now())) is not None:
+                sent = self._delivery.sent
                 self._carry_out()
                 self._handed += len(frame)
                 self._changed.set()
                 await self._websocket.send(frame, text=self._wire.text)
                 self._report_taken(self._now())
+                if sent is not None and self._events.wanted:
+                    self._events.put(MessagesSent(sent.priority, sent.first, sent.last, sent.messages))
             self._carry_out()
             await self._sendable.wait()
 
     # -- between them
 
     def _report_taken(self, now: float) -> None:
-        buffered = self._websocket.transport.get_write_buffer_size()
-        self._delivery.taken(self._handed - min(buffered, self._handed), now)
+        queued = self._websocket.transport.get_write_buffer_size() + self._unacknowledged()
+        # Only a queue that shrinks while nothing is added proves that the other end takes something: under compression
+        # a frame adds less to the queue than to what was handed.
+        shrinks = queued < self._seen_queued and self._handed == self._seen_handed
+        if shrinks and self._taken < self._before_ping:
+            self._heartbeat.delayed(now - self._seen_at)
+        self._seen_handed, self._seen_queued, self._seen_at = self._handed, queued, now
+        taken = self._handed - min(queued, self._handed)
+        if taken > self._taken:
+            self._taken = taken
+            self._delivery.taken(taken, now)
+
+    def _unacknowledged(self) -> int:
+        """Return how many bytes the other end's system has not acknowledged; 0 where this system does not tell.
+
+        A kernel takes megabytes at once for a link of 2 kB/s: what it has taken says nothing about the link.
+        """
+        if sys.platform != "linux":
+            return 0
+        try:
+            answer = fcntl.ioctl(self._websocket.transport.get_extra_info("socket"), _SIOCOUTQ, bytes(4))
+        except (OSError, TypeError, ValueError):
+            return 0  # closed just now, or no TCP socket: a UNIX one, or one of a proxy's making
+        return int(struct.unpack("i", answer)[0])
 
     def _beat(self, now: float) -> None:
         beat = self._heartbeat.due(now)
         if beat is Beat.DEAD:
+            self._events.put(HeartbeatTimeout(self._heartbeat.silence(now)))
             self.close(4408, "nothing was heard for too long")
         elif beat is Beat.PING:
+            self._before_ping = self._handed
+            if self._heartbeat.application:
+                self._ping_number += 1
+                if self._delivery.ping(self._ping_number):
+                    self._pings = {self._ping_number: now, **dict(list(self._pings.items())[:9])}
+                    self._sendable.set()
+                    return
             self._spawn(self._ping(), "ping")
 
     async def _ping(self) -> None:
-        await (await self._websocket.ping())
+        latency = await (await self._websocket.ping())
         self._heartbeat.received(self._now())
+        self._measured(latency)
+
+    def _measured(self, latency: float) -> None:
+        self._heartbeat.measured(latency)
+        self._events.put(Latency(latency))
 
     def _act(self) -> None:
         """Do what `Delivery` asks, read what it wants, and let the sender look again."""
@@ -222,13 +297,20 @@ class Link:
 
     def _do(self, action: Action) -> None:
         if isinstance(action, Settle):
-            self._outbox.settle(action.run)
+            run = action.run
+            self._outbox.settle(run)
+            if self._events.wanted:
+                self._events.put(MessagesAcked(run.priority, run.first, run.last, run.messages))
         elif isinstance(action, MarkUnanswered | TakeBack):
             self._outbox.mark(action)
         elif isinstance(action, Refuse | Requeue | SetAside):
             self.record(action)
         elif isinstance(action, Deliver):
             self._on_push(action.payload)
+            self._events.put(MessagePushed(len(action.payload)))
+        elif isinstance(action, Echoed):
+            if (asked := self._pings.pop(action.number, None)) is not None:
+                self._measured(self._now() - asked)
         elif isinstance(action, Postpone):
             self.postponed = action.delay
         elif isinstance(action, Close):
@@ -249,7 +331,7 @@ class Link:
         self._outbox.look_again()
         refusal = done.result()
         if refusal is not None:
-            self._events.put(Refused(action.seq, refusal.code, refusal.reason))
+            self._events.put(MessageRejected(action.seq, refusal.code, refusal.reason))
         self._delivery.recorded(action.priority, action.seq)
         self._act()
 
@@ -257,7 +339,7 @@ class Link:
         def returned(done: asyncio.Future[list[tuple[int, Refusal]]]) -> None:
             if not done.cancelled() and done.exception() is None:
                 for seq, _ in done.result():
-                    self._events.put(Refused(seq, "too_large", None))
+                    self._events.put(MessageRejected(seq, "too_large", None))
                 self._outbox.look_again()
                 self.stored()
 
@@ -296,3 +378,12 @@ class Link:
                 self._defect = error
                 self.close(1011, "an internal error")
         self._changed.set()
+
+
+def how_closed(websocket: ClientConnection) -> Closed:
+    """Say how a connection ended that this side did not want to end."""
+    received, sent = websocket.protocol.close_rcvd, websocket.protocol.close_sent
+    if received is not None:
+        return Closed(code=received.code, reason=received.reason, received=True)
+    # What websockets itself found wrong with the other side's frames, such as 1009.
+    return Closed(code=sent.code, reason=sent.reason) if sent else Closed(code=1006, reason="the link was lost")

@@ -5,64 +5,42 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
+from websockets.exceptions import ConnectionClosed
 
 from durablews import __version__
-from durablews.backoff import Backoff
 from durablews.config import Settings
-from durablews.database import wal_stamp
 from durablews.delivery.actions import MarkUnanswered, Refuse, RenewStream, Requeue, SetAside, TakeBack
 from durablews.delivery.delivery import Delivery
 from durablews.delivery.suspicion import Closed
-from durablews.dialling import DialFailed, Endpoint, dial, server_date
+from durablews.dialling import DialFailed, dial, server_date
 from durablews.draining import DrainedOutbox, LinkNote
+from durablews.endpoint import Endpoint, Target, redacted
 from durablews.errors import OutboxError, ProtocolError
-from durablews.events import Connected, Departed, Disconnected, EventLog, Exhausted, Failed, Reconnecting, Refused
+from durablews.events import Connected, Disconnected, EventLog, Exhausted, Failed, MessageRejected, Reconnecting, Vetoed
 from durablews.heartbeat import Heartbeat
+from durablews.housekeeping import Housekeeping
 from durablews.lifecycle import Lifecycle, LinkEvent, State
-from durablews.link import Link
-from durablews.outbox import Counts
+from durablews.link import Link, how_closed
+from durablews.providers import Provider, ProviderFailed
+from durablews.reconnection import Outcome, Pause, Reconnection, closed_outcome
 from durablews.wire.dialect import Dialect, Introduction
 
-__all__ = ["ConnectionManager", "Outcome"]
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+
+__all__ = ["ConnectionManager", "OnOpen"]
 
 _log = logging.getLogger("durablews.manager")
 
-# How often the log of the outbox is looked at for what other processes enqueued: they wait for 100 ms at most.
-_WATCH_INTERVAL = 0.08
-# How often age, counts and the link's note are seen to.
-_UPKEEP_INTERVAL = 1.0
-_NOTE_INTERVAL = 5.0
-# Closes that mean the same trouble again: so many in a row without progress are a `blocked` reason (PROTOCOL.md 6).
-_BLOCKED_AFTER = 5
-_SERVER_FAULTS = frozenset({1002, 1011})
-_NOT_ALLOWED = frozenset({1008, 4401, 4403})
-_SLOW_DOWN = 4429
-_LONGEST_RETRY = 3600.0
-_DEPARTURES = (
-    "refused",
-    "expired",
-    "expired_unanswered",
-    "dropped",
-    "dropped_unanswered",
-    "dropped_new",
-    "dead_dropped",
-)
+#: Called with each new WebSocket before anything else is said on it.
+OnOpen = Callable[["ClientConnection"], Awaitable[object]]
 
-
-class Outcome(Struct, frozen=True, kw_only=True):
-    """How one attempt ended, and what that means for the next."""
-
-    reason: str
-    progressed: bool = False
-    connected_for: float = 0.0
-    at_least: float = 0.0
-    blocked: str | None = None
-    longest: bool = False
+# How often a token file is looked at while the server does not accept what was in it (seconds).
+_FILE_LOOK = 1.0
 
 
 class ConnectionManager:
@@ -75,6 +53,8 @@ class ConnectionManager:
         dialect: what the server speaks.
         events: where to report.
         on_push: called with each pushed message.
+        on_open: speaks first on each new WebSocket.
+        veto: asked about each `Failed` and `Disconnected`; a true answer stops the link for good.
     """
 
     def __init__(
@@ -86,6 +66,8 @@ class ConnectionManager:
         *,
         events: EventLog,
         on_push: Callable[[str | bytes], None],
+        on_open: OnOpen | None = None,
+        veto: Callable[[Failed | Disconnected], Any] | None = None,
     ) -> None:
         self._settings = settings
         self._endpoint = endpoint
@@ -93,29 +75,37 @@ class ConnectionManager:
         self._dialect = dialect
         self._events = events
         self._on_push = on_push
+        self._on_open = on_open
+        self._veto = Provider("veto", veto, settings.auth.provider_timeout)
         self._instance = secrets.token_hex(8)
         self._delivery = Delivery(settings.delivery, instance=self._instance)
         outbox.storage.claims = self._delivery.claims
         outbox.storage.unread = self._delivery.unread
         self._lifecycle = Lifecycle(self._state_changed)
-        retry = settings.reconnect
-        self._backoff = Backoff(
-            base_delay=retry.base_delay,
-            max_delay=retry.max_delay,
-            factor=retry.factor,
-            jitter=retry.jitter,
-            random=random.random,
+        self._reconnection = Reconnection(settings.reconnect, random.random)
+        self.heartbeat = Heartbeat(settings.heartbeat)
+        self.housekeeping = Housekeeping(
+            outbox,
+            events,
+            note=lambda: LinkNote(self.state.value, self.reason, self.blocked, self.next_attempt),
+            on_stored=self.stored,
+            on_moved=self.moved,
+            on_return=lambda: self._rouse(firmly=False),
         )
         self._link: Link | None = None
         self._wake = asyncio.Event()
-        self._note_due = asyncio.Event()
-        self._faults = 0
-        self._counts: Counts | None = None
-        #: Why the link is as it is, as a sentence; and what only the owner can mend.
+        self._woken_firmly = self._firm = False
+        self._target: Target | None = None  # of the last attempt
+        self._next_target: Target | None = None  # asked for already, for the next one
+        self._ended_with: Failed | Disconnected | None = None
+        self._blocked: str | None = None
+        #: Why the link is as it is, as a sentence.
         self.reason: str | None = None
-        self.blocked: str | None = None
-        self._next_attempt: int | None = None
+        #: When the next try is due, in ms since 1970 UTC, while one is waited for.
+        self.next_attempt: int | None = None
         self.connects = 0
+        #: Whether it makes no more tries, by `max_retries` or by the veto.
+        self.given_up = False
         #: Set, and replaced by a new one, when something is settled, stored or changed: for who waits for emptiness.
         self.moves = asyncio.Event()
 
@@ -124,12 +114,25 @@ class ConnectionManager:
         return self._lifecycle.state
 
     @property
+    def blocked(self) -> str | None:
+        """What only the owner can mend, as a sentence."""
+        return self._blocked or self.housekeeping.defect
+
+    @property
     def stray_answers(self) -> int:
         return self._delivery.stray_answers
 
     def wake(self) -> None:
-        """Dial now instead of waiting for the next try."""
-        self._wake.set()
+        """Dial now instead of waiting for the next try; a link that stands is asked at once whether it does."""
+        self._rouse(firmly=True)
+
+    def _rouse(self, *, firmly: bool) -> None:
+        """Look whether the network is back. Where a server asked for a delay, only the owner may end it (`firmly`)."""
+        if self._link is not None:
+            self._link.probe()
+        elif firmly or not self._firm:
+            self._woken_firmly = self._woken_firmly or firmly
+            self._wake.set()
 
     def moved(self) -> None:
         """Let those who wait for emptiness look again. Each has the event that it saw: none takes another's news."""
@@ -150,98 +153,156 @@ class ConnectionManager:
             await link.ended.wait()
 
     async def run(self) -> None:
-        """Run until cancelled, or until `max_retries` is exhausted."""
-        watchers = [
-            asyncio.create_task(self._watch(), name="durablews watch"),
-            asyncio.create_task(self._keep_up(), name="durablews upkeep"),
-            asyncio.create_task(self._note_changes(), name="durablews note"),
-        ]
+        """Run until cancelled."""
         try:
-            for watcher in watchers:
-                watcher.add_done_callback(self._watcher_ended)
-            await self._dial_for_ever()
+            self.housekeeping.start()
+            while not await self._dial_until_given_up():
+                await self._wake.wait()
+                self._calm()
+            await asyncio.get_running_loop().create_future()  # vetoed: nothing wakes it, what is stored stays
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await self.housekeeping.stop()
             if self.state is not State.DISCONNECTED:
                 self._lifecycle.apply(LinkEvent.STOP)
 
-    async def _dial_for_ever(self) -> None:
-        failures = 0
+    async def _dial_until_given_up(self) -> bool:
+        """Return whether that is for good."""
+        self.given_up = False
+        self._reconnection.restart()
         event = LinkEvent.START
         while True:
             self._lifecycle.apply(event)
-            outcome = await self._attempt()
-            self.reason, self.blocked = outcome.reason, outcome.blocked
+            outcome, pause = self._reconnection.ended(await self._attempt())
+            self.reason, self._blocked = outcome.reason, outcome.blocked
             self._lifecycle.apply(LinkEvent.LOST)
-            stable = outcome.connected_for >= self._settings.reconnect.stable_after
-            if outcome.progressed or stable:
-                self._backoff.reset()
-                failures = 0
-            failures += 1
-            most = self._settings.reconnect.max_retries
-            if most is not None and failures > most:
-                self._lifecycle.apply(LinkEvent.EXHAUSTED)
-                self._events.put(Exhausted(failures))
-                await self._note()
-                return
-            await self._pause(outcome, failures)
+            vetoed = not outcome.renewal and await self._is_vetoed()
+            if vetoed or pause is None:
+                # Firm, so that only the owner begins anew.
+                self._firm = self.given_up = True
+                if not self._woken_firmly:
+                    self._wake.clear()
+                self._lifecycle.apply(LinkEvent.VETOED if vetoed else LinkEvent.EXHAUSTED)
+                await self.housekeeping.write_note()  # at once: who hears of the end may end the program
+                self._events.put(Vetoed(outcome.reason) if vetoed else Exhausted(self._reconnection.failures))
+                return vetoed
+            await self._wait(pause)
             event = LinkEvent.RETRY
 
-    async def _pause(self, outcome: Outcome, attempt: int) -> None:
-        """Wait for the next try, or for `wake`."""
-        delay = self._backoff.longest_delay() if outcome.longest else self._backoff.next_delay()
-        if outcome.at_least:
-            # Everybody was told the same figure: spread them beyond it.
-            delay = outcome.at_least + delay
-        self._next_attempt = self._outbox.clock.wall() + int(delay * 1000)
-        self._events.put(Reconnecting(attempt, delay))
-        self._note_due.set()
-        self._wake.clear()
+    async def _is_vetoed(self) -> bool:
         try:
-            async with asyncio.timeout(delay):
+            return bool(await self._veto.ask(self._ended_with))
+        except ProviderFailed as exc:
+            self._blocked = exc.reason
+            return False
+
+    # -- between two attempts
+
+    async def _wait(self, pause: Pause) -> None:
+        """Wait for the next try, for `wake`, or for other credentials."""
+        self._firm = pause.firm
+        if pause.firm and not self._woken_firmly:
+            self._wake.clear()
+        looks = pause.ask_every if self._endpoint.may_change else None
+        if looks is not None and self._endpoint.is_cheap:
+            looks = min(looks, _FILE_LOOK)
+        if looks is not None and pause.ask_first and await self._has_other_credentials():
+            self._calm()
+            return
+        deadline = asyncio.get_running_loop().time() + pause.delay
+        self.next_attempt = self._outbox.clock.wall() + int(pause.delay * 1000)
+        self._events.put(Reconnecting(pause.attempt, pause.delay, self.next_attempt))
+        self.housekeeping.link_changed()
+        while True:
+            if await self._woken_by(deadline, looks):
+                self._reconnection.restart()
+                break
+            if asyncio.get_running_loop().time() >= deadline or await self._has_other_credentials():
+                break
+        self.next_attempt = None
+        self._calm()
+
+    async def _woken_by(self, deadline: float, at_most: float | None) -> bool:
+        """Wait until `deadline`, or for `at_most` seconds if that is shorter; return whether `wake` ended it."""
+        until = deadline
+        if at_most is not None:
+            until = min(until, asyncio.get_running_loop().time() + at_most)
+        try:
+            async with asyncio.timeout_at(until):
                 await self._wake.wait()
         except TimeoutError:
-            pass
-        self._next_attempt = None
+            return False
+        return True
+
+    async def _has_other_credentials(self) -> bool:
+        """Ask the application; keep a new answer for the next attempt, for it may be good only once."""
+        try:
+            target = await self._endpoint.ask()
+        except ProviderFailed:
+            return False  # the next attempt asks again, and says why it fails
+        if target == self._target:
+            return False
+        self._next_target = target
+        return True
+
+    def _calm(self) -> None:
+        self._firm = self._woken_firmly = False
+        self._wake.clear()
 
     # -- one attempt
 
     async def _attempt(self) -> Outcome:
-        now = asyncio.get_running_loop().time
-        welcome_by = now() + self._settings.reconnect.connect_timeout
+        target, self._next_target = self._next_target, None
+        try:
+            target = self._target = target or await self._endpoint.ask()
+        except ProviderFailed as exc:
+            blocked = exc.reason if exc.defect else None
+            return self._failed(Outcome(kind="provider", reason=exc.reason, blocked=blocked, slow=exc.defect))
+        limit = self._settings.reconnect.connect_timeout
+        welcome_by = asyncio.get_running_loop().time() + limit
         try:
             async with asyncio.timeout_at(welcome_by):
-                websocket, shown = await dial(self._endpoint, self._settings, self._dialect.subprotocols)
+                websocket = await dial(target, self._settings, self._dialect.subprotocols)
         except TimeoutError:
-            return self._failed(DialFailed(f"no answer within {self._settings.reconnect.connect_timeout:g} s"))
+            what = f"{redacted(target.url)} did not answer within {limit:g} s"
+            return self._failed(Outcome(kind="timeout", reason=what))
         except DialFailed as exc:
-            return self._failed(exc)
+            return self._failed(exc.outcome)
+        return await self._run_connection(websocket, redacted(target.url), welcome_by)
+
+    async def _run_connection(self, websocket: ClientConnection, shown: str, welcome_by: float) -> Outcome:
+        """Run one WebSocket until it has ended, and say how."""
+        now = asyncio.get_running_loop().time
         started = now()
         closed, link = Closed(code=1006, reason="the link was lost"), None
         try:
-            try:
-                wire = self._dialect.connection(websocket.subprotocol)
-            except ProtocolError as exc:
-                await websocket.close(1002, "no subprotocol of durablews")
-                return self._failed(DialFailed(str(exc), blocked=True))
+            wire = self._dialect.connection(websocket.subprotocol)
+            await self._speak_first(websocket, welcome_by)
             date = server_date(websocket)
             if date is not None:
                 self._outbox.confirm_wall_clock(date)
+            self.heartbeat.begin(now())
             link = Link(
                 websocket,
                 wire,
                 delivery=self._delivery,
                 outbox=self._outbox,
-                heartbeat=Heartbeat(self._settings.heartbeat, started),
+                heartbeat=self.heartbeat,
                 introduction=self._introduction,
+                leave_at=self._reconnection.leave_at(started),
                 events=self._events,
                 on_welcome=lambda: self._welcomed(shown),
                 on_push=self._on_push,
             )
             self._link = link
             closed = await link.run(welcome_by)
+        except ProtocolError as exc:
+            await websocket.close(1002, "no subprotocol of durablews")
+            return self._failed(Outcome(kind="subprotocol", reason=str(exc), blocked=str(exc), slow=True))
+        except DialFailed as exc:  # on_open
+            await websocket.close(1000, "the client gave up")
+            return self._failed(exc.outcome)
+        except ConnectionClosed:  # in on_open
+            closed = how_closed(websocket)
         except asyncio.CancelledError:
             closed = Closed(code=1001, reason="the client is closing", leaving=True)
             raise
@@ -259,8 +320,38 @@ class ConnectionManager:
                 await asyncio.shield(self._settle_accounts())
             except OutboxError:
                 pass  # the outbox is closing: its next opening counts what was in flight as sent
-        self._events.put(Disconnected(closed.code, closed.reason))
-        return self._judge(closed, link, now() - started)
+        self._ended_with = Disconnected(closed.code, closed.reason)
+        self._events.put(self._ended_with)
+        return closed_outcome(
+            closed,
+            progressed=link is not None and link.progressed,
+            connected_for=now() - started,
+            asked=link.postponed if link is not None else 0.0,
+            renewal=link is not None and link.retired,
+        )
+
+    async def _speak_first(self, websocket: ClientConnection, welcome_by: float) -> None:
+        """Let the application say what must come first, such as who it is.
+
+        Raises:
+            DialFailed: it could not.
+            ConnectionClosed: the server has left meanwhile.
+        """
+        if self._on_open is None:
+            return
+        limit = asyncio.timeout_at(welcome_by)
+        try:
+            async with limit:
+                await self._on_open(websocket)
+        except ConnectionClosed:
+            raise
+        except PermissionError as exc:
+            what = "on_open says that the server does not accept the credentials"
+            raise DialFailed(Outcome(kind="credentials", reason=what, blocked=what, credentials=True)) from exc
+        except Exception as exc:
+            # Its text may hold what it said.
+            why = "was not done within connect_timeout" if limit.expired() else f"failed: {type(exc).__name__}"
+            raise DialFailed(Outcome(kind="on_open", reason=f"on_open {why}")) from exc
 
     async def _settle_accounts(self) -> None:
         """Write what the end of a connection showed, before the next one sends anything (PROTOCOL.md C8)."""
@@ -271,7 +362,7 @@ class ConnectionManager:
                 refusal = await self._outbox.record(action)
                 self._outbox.look_again()
                 if refusal is not None:
-                    self._events.put(Refused(action.seq, refusal.code, refusal.reason))
+                    self._events.put(MessageRejected(action.seq, refusal.code, refusal.reason))
             elif isinstance(action, RenewStream):
                 await self._outbox.renew_stream()
         self.moved()
@@ -280,104 +371,18 @@ class ConnectionManager:
         return Introduction(stream, self._instance, last, self._settings.max_message_size, f"durablews/{__version__}")
 
     def _welcomed(self, shown: str) -> None:
-        self.reason = self.blocked = None
+        self.reason = self._blocked = None
+        self._calm()
         self._lifecycle.apply(LinkEvent.WELCOMED)
         self.connects += 1
         self._events.put(Connected(shown))
 
-    def _failed(self, exc: DialFailed) -> Outcome:
-        self._events.put(Failed(exc.reason))
-        return Outcome(
-            reason=exc.reason,
-            at_least=exc.retry_after or 0.0,
-            blocked=exc.reason if exc.blocked else None,
-            longest=exc.blocked,
-        )
-
-    def _judge(self, closed: Closed, link: Link | None, connected_for: float) -> Outcome:
-        progressed = link is not None and link.progressed
-        reason = f"closed with {closed.code}" + (f": {closed.reason}" if closed.reason else "")
-        self._faults = 0 if progressed or closed.code not in _SERVER_FAULTS else self._faults + 1
-        blocked = None
-        if closed.code in _NOT_ALLOWED:
-            blocked = f"the server does not allow this client ({reason})"
-        elif self._faults >= _BLOCKED_AFTER:
-            blocked = f"the server failed {self._faults} times running ({reason})"
-        asked = re.fullmatch(r"retry=(\d{1,12})", closed.reason)
-        at_least = max(link.postponed if link else 0.0, int(asked[1]) / 1000 if asked else 0.0)
-        return Outcome(
-            reason=reason,
-            progressed=progressed,
-            connected_for=connected_for,
-            at_least=min(at_least, _LONGEST_RETRY),
-            blocked=blocked,
-            longest=blocked is not None or closed.code == _SLOW_DOWN,
-        )
-
-    # -- beside the link
-
-    def _watcher_ended(self, watcher: asyncio.Task[None]) -> None:
-        """Make a defect visible that ended a watcher: it must not stop in silence."""
-        if not watcher.cancelled() and (defect := watcher.exception()) is not None:
-            _log.error("a defect in durablews ended its %s", watcher.get_name(), exc_info=defect)
-            self.blocked = f"a defect in durablews ended its {watcher.get_name()}: {defect!r}"
+    def _failed(self, outcome: Outcome) -> Outcome:
+        self._ended_with = Failed(outcome.kind, outcome.reason, outcome.code)
+        self._events.put(self._ended_with)
+        return outcome
 
     def _state_changed(self, before: State, after: State) -> None:
         _log.info("%s -> %s%s", before.value, after.value, f": {self.reason}" if self.reason else "")
-        self._note_due.set()
+        self.housekeeping.link_changed()
         self.moved()
-
-    async def _watch(self) -> None:
-        """Notice within 100 ms what other processes commit: the log's size or time changes.
-
-        A stat in the loop costs 2 µs; asking SQLite on its thread a hundred times as much. A file system whose times
-        are too coarse is covered by the upkeep's look once a second.
-        """
-        seen = wal_stamp(self._outbox.path)
-        while True:
-            await asyncio.sleep(_WATCH_INTERVAL)
-            stamp = wal_stamp(self._outbox.path)
-            if stamp != seen:
-                seen = stamp
-                self.stored()
-
-    async def _keep_up(self) -> None:
-        """Expire what is too old, report what left, and look for foreign messages that the watch cannot see."""
-        while True:
-            try:
-                if self._counts is None:  # before the first look takes anything, so that this is reported too
-                    self._counts = await self._outbox.counts()
-                counts = await self._outbox.expire()
-            except OutboxError as exc:
-                self._outbox.storage.trouble = exc.what
-            else:
-                self._report_departures(counts)
-                if counts.pending:
-                    self.stored()
-                else:
-                    self.moved()
-            await asyncio.sleep(_UPKEEP_INTERVAL)
-
-    def _report_departures(self, counts: Counts) -> None:
-        before, self._counts = self._counts, counts
-        for reason in _DEPARTURES if before is not None else ():
-            left = getattr(counts, reason) - getattr(before, reason)
-            if left > 0:
-                self._events.put(Departed(reason, left))
-                self._outbox.look_again()
-                self.moved()
-
-    async def _note_changes(self) -> None:
-        """Write how the link stands when that changes, at most every 5 s."""
-        while True:
-            await self._note_due.wait()
-            self._note_due.clear()
-            await self._note()
-            await asyncio.sleep(_NOTE_INTERVAL)
-
-    async def _note(self) -> None:
-        note = LinkNote(self.state.value, self.reason, self.blocked, self._next_attempt)
-        try:
-            await self._outbox.note_link(note)
-        except OutboxError as exc:
-            self._outbox.storage.trouble = exc.what

@@ -49,11 +49,24 @@ def test_progress_starts_again_from_the_first_window() -> None:
     assert link.next_delay() == 1
 
 
-def test_a_server_that_asks_for_it_is_left_alone_longest() -> None:
-    """`longest_delay` is the jittered cap at once, and counts as an attempt."""
-    link = backoff(jitter="full", drawn=0.5)
-    assert link.longest_delay() == 15
+@pytest.mark.parametrize(("drawn", "delay"), [(0.0, 15), (0.5, 22.5)])
+@pytest.mark.parametrize("jitter", ["full", 0.0])
+def test_a_server_that_asks_for_it_is_left_alone_longest(jitter: str | float, drawn: float, delay: float) -> None:
+    """`longest_delay` is half of the longest window at least, whatever the jitter, and counts as an attempt."""
+    link = backoff(jitter=jitter, drawn=drawn)
+    assert link.longest_delay() == delay
     assert link.attempt == 1
+
+
+@pytest.mark.parametrize("jitter", ["full", "equal", 0.25])
+def test_the_first_try_after_success_is_anywhere_in_the_first_window(jitter: str | float) -> None:
+    """Uniform over `first_delay`, or `base_delay`; the window after it is the second."""
+    for first, window in ((None, 1), (60.0, 60)):
+        link = Backoff(base_delay=1, max_delay=30, factor=2, jitter=jitter, first_delay=first, random=lambda: 0.75)
+        for _ in range(5):
+            link.next_delay()
+        assert link.delay_after_success() == 0.75 * window
+        assert link.attempt == 1
 
 
 @given(st.integers(0, 10_000), fractions, st.floats(0.01, 10), st.floats(10, 1000), st.floats(1, 10))

@@ -19,9 +19,9 @@ from servers import COMMAND, ENVIRONMENT, FAST, Inbox, PlainServer, until, until
 from websockets.asyncio.server import ServerConnection
 
 import durablews
-from durablews import Dropped, Expired, OutboxClosed, OutboxInUse, Rejected, cli, draining, manager
+from durablews import Dropped, Expired, OutboxClosed, OutboxInUse, Rejected, cli, draining, housekeeping
 from durablews.client import Client
-from durablews.events import Connected, Departed, Event, Refused
+from durablews.events import Connected, Event, MessageRejected, MessagesDropped, MessagesExpired
 from durablews.outbox import Outbox
 
 NOWHERE = "ws://127.0.0.1:9/"  # the discard port: nobody listens
@@ -117,7 +117,7 @@ async def test_a_refusal_reaches_the_receipt_and_the_events(tmp_path: Path) -> N
         stats = await ws.stats()
         assert (stats.dead, stats.refused, stats.acked, stats.pending) == (1, 1, 3, 0)
     await reading
-    assert Refused(receipts[1].seq or 0, "invalid", "no such field") in seen
+    assert MessageRejected(receipts[1].seq or 0, "invalid", "no such field") in seen
 
 
 async def collect(ws: Client, seen: list[Event]) -> None:
@@ -127,7 +127,7 @@ async def collect(ws: Client, seen: list[Event]) -> None:
 
 async def test_expiry_and_drops_reach_the_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P2: Expired and Dropped say which message, and the events and stats count them."""
-    monkeypatch.setattr(manager, "_UPKEEP_INTERVAL", 0.05)
+    monkeypatch.setattr(housekeeping, "_UPKEEP_INTERVAL", 0.05)
     seen: list[Event] = []
     settings: dict[str, Any] = {
         "caps": {"max_messages": 2, "overflow": "drop_oldest"},
@@ -143,7 +143,7 @@ async def test_expiry_and_drops_reach_the_receipt(tmp_path: Path, monkeypatch: p
         with pytest.raises(Dropped) as dropped:
             await first.acked(10)
         assert (dropped.value.seq, dropped.value.unknown) == (first.seq, False)
-        await until(lambda: Departed("dropped", 1) in seen and Departed("expired", 1) in seen)
+        await until(lambda: MessagesDropped(1, "oldest") in seen and MessagesExpired(1, False) in seen)
         stats = await ws.stats()
         assert (stats.expired, stats.dropped, stats.pending) == (1, 1, 2)
     await reading
@@ -158,7 +158,7 @@ async def test_what_expired_while_nobody_drained_is_an_event(tmp_path: Path) -> 
     reading = asyncio.create_task(collect(ws, seen))
     await asyncio.sleep(0.01)  # the age of the message, and the reader's start
     async with ws:
-        await until(lambda: Departed("expired", 1) in seen)
+        await until(lambda: MessagesExpired(1, False) in seen)
     await reading
 
 
@@ -189,8 +189,8 @@ async def test_flush_says_whether_it_is_empty(tmp_path: Path) -> None:
 
 async def test_flushes_do_not_take_each_others_wake_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P8: the news that the outbox is empty reaches a flush that another flush has overtaken."""
-    monkeypatch.setattr(manager, "_UPKEEP_INTERVAL", 1000.0)
-    monkeypatch.setattr(manager, "_WATCH_INTERVAL", 1000.0)
+    monkeypatch.setattr(housekeeping, "_UPKEEP_INTERVAL", 1000.0)
+    monkeypatch.setattr(housekeeping, "_WATCH_INTERVAL", 1000.0)
     inbox = Inbox(tmp_path / "inbox.db")
     async with inbox.serving(window=0) as receiver, client(inbox, tmp_path) as ws:
         await until(lambda: ws.state.value == "CONNECTED")
@@ -222,7 +222,7 @@ async def test_flush_sees_that_another_program_emptied_the_outbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P8: flush() does not wait for ever for messages that somebody else removed, unseen by the watch."""
-    monkeypatch.setattr(manager, "_WATCH_INTERVAL", 1000.0)
+    monkeypatch.setattr(housekeeping, "_WATCH_INTERVAL", 1000.0)
     async with PlainServer(window=0) as server, client(server, tmp_path, delivery={"drain_timeout": 0}) as ws:
         await until(lambda: ws.state.value == "CONNECTED")
         await ws.send("a")
@@ -401,7 +401,7 @@ async def test_a_second_client_waits_for_the_first_to_go(tmp_path: Path) -> None
 
 async def test_other_processes_wake_the_drainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `durablews send` and a plain INSERT commit is delivered by the watch on the log, not by the upkeep."""
-    monkeypatch.setattr(manager, "_UPKEEP_INTERVAL", 1000.0)
+    monkeypatch.setattr(housekeeping, "_UPKEEP_INTERVAL", 1000.0)
     async with PlainServer() as server, client(server, tmp_path) as ws:
         await (await ws.send("first")).acked(10)
         path = str(tmp_path / "agent.db")
@@ -449,7 +449,7 @@ async def test_inspect_shows_the_link_while_it_lives_and_after(
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
-    monkeypatch.setattr(manager, "_NOTE_INTERVAL", 0.05)
+    monkeypatch.setattr(housekeeping, "_NOTE_INTERVAL", 0.05)
     async with PlainServer() as server, client(server, tmp_path) as ws:
         await (await ws.send("x")).acked(10)
         await until(lambda: look()["link"]["state"] == "CONNECTED")

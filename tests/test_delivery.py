@@ -618,6 +618,41 @@ def test_each_ack_doubles_again_what_was_halved() -> None:
         shell.say(Ack(0, min(shell.rows) + shell.delivery.in_flight - 1))
 
 
+def test_acks_of_what_was_sent_before_double_nothing() -> None:
+    """After a timeout the scale doubles once for each round: the acks of many small frames are one piece of news."""
+    shell = Shell(ack_timeout=1.0)
+    shell.put(4000)
+    for _ in range(3):
+        shell.connect()
+        shell.wait(2.0)
+        shell.lose()
+    shell.connect()
+    assert [len(frame) for frame in shell.take()] == [32, 32, 32, 31]
+    seq = min(shell.rows)
+    shell.say(Ack(0, seq + 31))
+    assert [len(frame) for frame in shell.take()] == [64, 64, 32]  # twice the window now
+    for more in (63, 95, 126):
+        shell.say(Ack(0, seq + more))
+    assert {len(frame) for frame in shell.take()} == {32, 31}  # what had room within the same window
+    shell.say(Ack(0, seq + 127 + 63))
+    assert max(len(frame) for frame in shell.take()) > 64
+
+
+def test_an_ack_that_came_late_doubles_nothing() -> None:
+    """Twice as much would take twice as long: more than half of the timeout is no reason to send more."""
+    shell = Shell(ack_timeout=1.0)
+    shell.put(4000)
+    shell.connect()
+    shell.wait(2.0)
+    shell.lose()
+    shell.connect()
+    for late, size in ((0.6, 128), (0.6, 128), (0.4, 256)):
+        assert len(shell.take()[0]) == 128
+        shell.wait(late)
+        shell.say(Ack(0, min(shell.rows) + shell.delivery.in_flight - 1))
+        assert shell.delivery._sizing.scaled(256) == size
+
+
 def test_an_ack_gives_its_priority_more_time_and_no_other() -> None:
     """Other priorities, pings and newer frames are no progress (C9)."""
     shell = connected(ack_timeout=30.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import get_args
 
-from durablews.events import Departed, Event, EventLog
+from durablews.events import Event, EventLog, MessagesExpired
 
 
 async def collect(log: EventLog, into: list[Event]) -> None:
@@ -25,7 +27,7 @@ async def test_every_reader_sees_every_event_in_order() -> None:
     second: list[Event] = []
     readers = [asyncio.create_task(collect(log, first)), asyncio.create_task(collect(log, second))]
     await settled()
-    events = [Departed("expired", number) for number in range(50)]
+    events = [MessagesExpired(number, False) for number in range(50)]
     for number, event in enumerate(events):
         log.put(event)
         if number % 7 == 0:
@@ -42,20 +44,20 @@ async def test_a_reader_that_does_not_read_keeps_a_thousand_events() -> None:
     waiting = asyncio.ensure_future(anext(reader))
     await settled()
     for number in range(5000):
-        log.put(Departed("expired", number))
+        log.put(MessagesExpired(number, False))
     first = await waiting
     log.close()
     rest = [event async for event in reader]
     assert len([first, *rest]) == 1000
-    assert rest[-1] == Departed("expired", 4999)
+    assert rest[-1] == MessagesExpired(4999, False)
 
 
-def test_without_readers_nothing_is_kept() -> None:
+def test_without_readers_nothing_is_wanted() -> None:
     """Events that nobody asked for cost nothing."""
     log = EventLog()
+    assert not log.wanted
     for number in range(5000):
-        log.put(Departed("expired", number))
-    assert log._readers == []
+        log.put(MessagesExpired(number, False))
 
 
 async def test_close_ends_readers_after_what_is_there_and_later_ones_at_once() -> None:
@@ -64,28 +66,72 @@ async def test_close_ends_readers_after_what_is_there_and_later_ones_at_once() -
     seen: list[Event] = []
     reader = asyncio.create_task(collect(log, seen))
     await settled()
-    log.put(Departed("expired", 1))
+    log.put(MessagesExpired(1, False))
     log.close()
     await reader
-    assert seen == [Departed("expired", 1)]
+    assert seen == [MessagesExpired(1, False)]
     late: list[Event] = []
     await collect(log, late)
     assert late == []
 
 
 async def test_a_reader_that_leaves_is_forgotten() -> None:
-    """Breaking out of the loop, or being cancelled, frees what was kept."""
+    """One that was made and never read, one whose loop was left, one that was cancelled: all are gone, and closed."""
     log = EventLog()
+    for _ in range(100):
+        log.read()
+    assert not log.wanted
     reader = log.read()
-    task = asyncio.ensure_future(anext(reader))
+    waiting = asyncio.ensure_future(anext(reader))
     await settled()
-    assert len(log._readers) == 1
-    log.put(Departed("expired", 1))
-    await task
-    await reader.aclose()  # type: ignore[attr-defined]
-    assert log._readers == []
+    assert log.wanted
+    log.put(MessagesExpired(1, False))
+    log.put(MessagesExpired(2, False))
+    await waiting
+    await reader.aclose()
+    log.put(MessagesExpired(3, False))
+    assert [event async for event in reader] == []
+    del reader, waiting
     cancelled = asyncio.create_task(collect(log, []))
     await settled()
     cancelled.cancel()
     await asyncio.gather(cancelled, return_exceptions=True)
-    assert log._readers == []
+    del cancelled
+    await settled()  # the loop itself still held the task
+    gc.collect()
+    assert not log.wanted
+
+
+async def test_a_reader_that_waits_lives_although_nobody_holds_its_task() -> None:
+    """asyncio holds tasks weakly: one that does nothing but listen must not vanish with its reader."""
+    log = EventLog()
+    seen: list[Event] = []
+    asyncio.create_task(collect(log, seen))  # noqa: RUF006 - that is the point
+    await settled()
+    gc.collect()
+    log.put(MessagesExpired(1, False))
+    await settled()
+    gc.collect()
+    log.put(MessagesExpired(2, False))
+    await settled()
+    assert [event.messages for event in seen if isinstance(event, MessagesExpired)] == [1, 2]
+    log.close()
+    await settled()
+
+
+async def test_a_reader_knows_what_it_lost() -> None:
+    """The events that went unread are counted."""
+    log = EventLog()
+    reader = log.read()
+    for number in range(1250):
+        log.put(MessagesExpired(number, False))
+    assert reader.lost == 250
+    assert await anext(reader) == MessagesExpired(250, False)
+
+
+def test_every_event_has_a_word_of_its_own() -> None:
+    """`kind` is what logs and metrics call it."""
+    kinds = [event.kind for event in get_args(Event)]
+    assert len(set(kinds)) == len(kinds)
+    words = "connected disconnected reconnecting message error heartbeat_timeout retries_exhausted sent acked rejected"
+    assert set(f"{words} expired dropped latency vetoed".split()) == set(kinds)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from durablews.lifecycle import TRANSITIONS, Lifecycle, LinkEvent, State
+
+ROOT = Path(__file__).resolve().parents[1]
 
 #: How to get to each state from the start.
 WAYS = {
@@ -22,7 +28,11 @@ STORY = {
     State.DISCONNECTED: {LinkEvent.START: State.CONNECTING},
     State.CONNECTING: {LinkEvent.WELCOMED: State.CONNECTED, LinkEvent.LOST: State.RECONNECTING},
     State.CONNECTED: {LinkEvent.LOST: State.RECONNECTING},
-    State.RECONNECTING: {LinkEvent.RETRY: State.CONNECTING, LinkEvent.EXHAUSTED: State.DISCONNECTED},
+    State.RECONNECTING: {
+        LinkEvent.RETRY: State.CONNECTING,
+        LinkEvent.EXHAUSTED: State.DISCONNECTED,
+        LinkEvent.VETOED: State.DISCONNECTED,
+    },
 }
 
 
@@ -77,3 +87,13 @@ def test_a_state_has_no_setter() -> None:
     """`apply` is the only way to change it."""
     with pytest.raises(AttributeError):
         Lifecycle().state = State.CONNECTED  # type: ignore[misc]
+
+
+def test_the_drawing_in_the_documentation_is_the_table() -> None:
+    """`tools/diagram.py` finds nothing to draw anew; it would, after any change of the table."""
+    check = [sys.executable, str(ROOT / "tools" / "diagram.py"), "--check"]
+    assert subprocess.run(check, capture_output=True, text=True).returncode == 0
+    page = (ROOT / "durablews" / "docs" / "link.md").read_text(encoding="utf-8")
+    arrows = set(re.findall(r"^    (\w+) --> (\w+): (.+)$", page, re.MULTILINE))
+    told = {(State(a), LinkEvent(event)): State(b) for a, b, events in arrows for event in events.split(", ")}
+    assert told == TRANSITIONS

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import json
+import os
 import re
+import signal
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.http11 import Request, Response
 
 import durablews
 from durablews.config import Settings
@@ -44,7 +49,7 @@ async def a_server(folder: Path) -> AsyncIterator[tuple[str, asyncio.Queue[Any]]
 
 def test_every_block_of_python_compiles() -> None:
     """Each Python block of the README is valid Python."""
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 5
     for block in BLOCKS:
         ast.parse(block)
 
@@ -80,6 +85,66 @@ async def test_the_second_block_runs_as_it_stands(tmp_path: Path, monkeypatch: p
         assert applied.get_nowait() == (0, {"type": "sale", "cents": 1299})
 
 
+async def test_an_authentication_message_and_a_token_that_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third block: a server that wants a login first, and a fresh token, gets both before any message."""
+    monkeypatch.chdir(tmp_path)
+    logins: list[Any] = []
+    tokens = iter(["expired", "fresh"])
+
+    async def fetch(url: str) -> dict[str, str]:
+        return {"access_token": next(tokens)}
+
+    def check(connection: ServerConnection, request: Request) -> Response | None:
+        fresh = request.headers["Authorization"] == "Bearer fresh"
+        return None if fresh else connection.respond(HTTPStatus.UNAUTHORIZED, "")
+
+    async with Receiver(tmp_path / "seen.db") as receiver:
+
+        async def handle(websocket: ServerConnection) -> None:
+            logins.append(json.loads(await websocket.recv()))
+            await websocket.send('{"ok": true}')
+            async for batch in receiver.session(websocket):
+                async with batch.applying():
+                    list(batch)
+
+        async with serve(
+            handle, "127.0.0.1", 0, select_subprotocol=select_subprotocol, process_request=check
+        ) as server:
+            url = f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+            async with durablews.Outbox("agent.db") as outbox:
+                await outbox.send("x")
+            names: dict[str, Any] = {"fetch": fetch}
+            exec(compile(BLOCKS[2].replace("wss://example.com/ingest", url), "README.md", "exec"), names)
+            async with asyncio.timeout(20):
+                await names["agent"]()
+    assert logins == [{"login": "till-7"}]
+    async with durablews.Outbox("agent.db") as outbox:
+        assert (await outbox.counts()).acked == 1
+
+
+async def test_a_wake_up_from_the_operating_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth block: the signal of a network manager's hook ends the wait for the next try."""
+    monkeypatch.chdir(tmp_path)
+    told: asyncio.Queue[str] = asyncio.Queue()
+    names: dict[str, Any] = {"print": lambda kind, event: told.put_nowait(kind)}
+    slow = 'reconnect={"base_delay": 1000, "max_delay": 1000, "jitter": 0.0}'
+    block = BLOCKS[3].replace('"wss://example.com/ingest", "agent.db"', f'"ws://127.0.0.1:1", "agent.db", {slow}')
+    exec(compile(block, "README.md", "exec"), names)
+    running = asyncio.create_task(names["agent"]())
+    try:
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                while await told.get() != "reconnecting":
+                    pass
+                os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGUSR1)
+
+
 async def test_the_server_of_the_readme_applies_what_a_client_sends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +154,7 @@ async def test_the_server_of_the_readme_applies_what_a_client_sends(
         connection.execute("CREATE TABLE reading (body)")
     connection.close()
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    block = BLOCKS[2].replace("asyncio.run(main())", "").replace("8765", "0")
+    block = BLOCKS[4].replace("asyncio.run(main())", "").replace("8765", "0")
     block = block.replace(
         "select_subprotocol=select_subprotocol):", "select_subprotocol=select_subprotocol) as server:"
     )
@@ -124,7 +189,7 @@ def test_the_defaults_are_those_of_the_code() -> None:
     """Each `name=value` of the README's table of settings is the default of that name."""
     code = Settings()
     caps = {"max_messages": 1_000_000, "max_bytes": "1GiB", "max_age": None, "overflow": "reject"}
-    for table in ("reconnect", "heartbeat", "caps", "delivery"):
+    for table in ("reconnect", "heartbeat", "caps", "delivery", "auth"):
         row = re.search(rf"^\| `{table}` \| `(.*?)` \|", README, re.MULTILINE)
         assert row, table
         told = dict(pair.split("=", 1) for pair in row[1].split())
@@ -136,6 +201,20 @@ def test_the_defaults_are_those_of_the_code() -> None:
         assert set(told) == set(values), table
         for name, text in told.items():
             assert _plain(text) == _plain(str(values[name])), f"{table}.{name}"
+
+
+def test_the_defaults_in_the_table_of_the_link_are_those_of_the_code() -> None:
+    """Each `table.name=value` there is the default of that name, and every setting of the link stands there."""
+    section = README[README.index("### The link") : README.index("## The server's side")]
+    told = dict(re.findall(r"`((?:reconnect|heartbeat|auth)\.\w+|delivery\.\w+)=(.*?)`", section))
+    code = Settings()
+    for name, text in told.items():
+        table, _, setting = name.partition(".")
+        assert _plain(text) == _plain(str(getattr(getattr(code, table), setting))), name
+    for table in ("reconnect", "heartbeat", "auth"):
+        for setting in getattr(code, table).__struct_fields__:
+            assert f"{table}.{setting}" in told
+    assert '`proxy="env"`' in section
 
 
 def _plain(text: str) -> object:

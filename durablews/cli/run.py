@@ -114,7 +114,15 @@ async def _exhausted(client: Any) -> bool:
 
 async def _talk(client: Any) -> None:
     """Tell a person on standard error what changes, once each."""
-    from durablews.events import Connected, Departed, Disconnected, Exhausted, Failed, Refused
+    from durablews.events import (
+        Connected,
+        Disconnected,
+        Exhausted,
+        Failed,
+        MessageRejected,
+        MessagesDropped,
+        MessagesExpired,
+    )
 
     last = ""
     async for event in client.events():
@@ -125,10 +133,10 @@ async def _talk(client: Any) -> None:
             line = f"disconnected: {event.code} {event.reason}"
         elif isinstance(event, Failed):
             line = event.reason
-        elif isinstance(event, Refused):
-            line = f"message {event.seq} was refused: {event.code}"
-        elif isinstance(event, Departed):
-            line = f"{event.messages} {event.reason.replace('_', ' ')}"
+        elif isinstance(event, MessageRejected):
+            line = f"message {event.seq} was rejected: {event.code}"
+        elif isinstance(event, MessagesExpired | MessagesDropped):
+            line = f"{event.messages} {event.kind}"
         elif isinstance(event, Exhausted):
             line = f"gave up after {event.attempts} attempts; everything is kept"
         if line and line != last:

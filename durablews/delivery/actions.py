@@ -12,6 +12,7 @@ __all__ = [
     "Action",
     "Close",
     "Deliver",
+    "Echoed",
     "MarkUnanswered",
     "Postpone",
     "Refuse",
@@ -83,6 +84,12 @@ class Deliver(Struct, frozen=True):
     payload: str | bytes
 
 
+class Echoed(Struct, frozen=True):
+    """Ping number `number` was answered."""
+
+    number: int
+
+
 class Postpone(Struct, frozen=True):
     """Do not come back before `delay` seconds after this connection has ended."""
 
@@ -106,6 +113,7 @@ Action = (
     | RenewStream
     | Welcomed
     | Deliver
+    | Echoed
     | Postpone
     | Close
 )

@@ -9,6 +9,7 @@ from durablews.delivery.actions import (
     Action,
     Close,
     Deliver,
+    Echoed,
     MarkUnanswered,
     Postpone,
     Refuse,
@@ -21,12 +22,13 @@ from durablews.delivery.actions import (
     Welcomed,
 )
 from durablews.delivery.backlog import BATCH_BYTES, BATCH_MESSAGES, Backlog
+from durablews.delivery.deadlines import Deadlines
 from durablews.delivery.lane import Lane, Transmission, run_of
 from durablews.delivery.pacing import Pacing
-from durablews.delivery.sizing import Sizing
+from durablews.delivery.sizing import Sizing, too_large
 from durablews.delivery.suspicion import Closed, Suspicion, Verdict
 from durablews.errors import ProtocolError
-from durablews.messages import Entry, Refusal
+from durablews.messages import Entry, Refusal, Run
 from durablews.wire.dialect import (
     Acked,
     Answer,
@@ -34,6 +36,7 @@ from durablews.wire.dialect import (
     Flowed,
     Introduction,
     Nacked,
+    Ponged,
     Pushed,
     Ready,
     Reply,
@@ -45,8 +48,6 @@ __all__ = ["Delivery"]
 # "A client waits at least 100 ms and at most 1 h" (PROTOCOL.md section 2).
 _SHORTEST_RETRY, _LONGEST_RETRY = 0.1, 3600.0
 _DEFAULT_RETRY = 5.0
-# C5: paused by a window of 0 for so long; bye: the server has not closed after so long.
-_LONGEST_PAUSE, _LONGEST_BYE = 300.0, 10.0
 
 
 class Delivery:
@@ -74,11 +75,11 @@ class Delivery:
 
     def _reset(self) -> None:
         self._backlog.reset()
+        self._sizing.begin()
         self._wire: Wire | None = None
         self._frames: list[bytes] = []
         self._ready = self._closing = self._rewound = False
-        self._bye_by: float | None = None
-        self._paused_since: float | None = None
+        self._deadlines = Deadlines(self._config.ack_timeout)
         self._window = 0
         self._max_bytes: int | None = None
         # Bytes of frames that were handed out, and that the socket has taken of them (C9).
@@ -87,6 +88,8 @@ class Delivery:
         self._astray = 0
         #: Whether this connection brought an ack.
         self.progressed = False
+        #: The run of the frame that `frame_to_send` gave last; None when it held no messages.
+        self.sent: Run | None = None
 
     # -- the connection
 
@@ -115,6 +118,17 @@ class Delivery:
         """Say hello again, on the same connection, after `RenewStream` was done."""
         if self._wire is not None and not self._closing:
             self._frames.extend(self._wire.open(introduction))
+
+    def ping(self, number: int) -> bool:
+        """Send a ping of the dialect's own next; return False where it has none, or before the welcome."""
+        frame = self._wire.ping(number) if self._wire is not None and self._ready and not self._closing else None
+        if frame is not None:
+            self._frames.append(frame)
+        return frame is not None
+
+    def retire(self) -> None:
+        """Send nothing more on this connection, and leave it when all that is in flight is answered."""
+        self._deadlines.retire()
 
     def receive(self, data: str | bytes, now: float) -> None:
         """Take one WebSocket message from the server."""
@@ -178,16 +192,17 @@ class Delivery:
             self._frames.append(answer.frame)
         elif isinstance(answer, Pushed):
             self._actions.append(Deliver(answer.payload))
+        elif isinstance(answer, Ponged):
+            self._actions.append(Echoed(answer.number))
         elif isinstance(answer, Flowed):
-            self._set_window(answer.window, now)
+            self._set_window(answer.window)
         elif isinstance(answer, Ready):
-            self._welcomed(answer, now)
+            self._welcomed(answer)
         elif isinstance(answer, Farewell):
-            if self._bye_by is None:
-                self._bye_by = now + _LONGEST_BYE
+            self._deadlines.bye(now)
             self._actions.append(Postpone(min(answer.retry, _LONGEST_RETRY)))
 
-    def _welcomed(self, answer: Ready, now: float) -> None:
+    def _welcomed(self, answer: Ready) -> None:
         if self._ready:
             return
         if answer.rewound:
@@ -200,21 +215,25 @@ class Delivery:
         self._ready = True
         self._backlog.stored()
         self._max_bytes = answer.max_bytes
-        self._set_window(self._config.window if answer.window is None else answer.window, now)
+        self._set_window(self._config.window if answer.window is None else answer.window)
         self._actions.append(Welcomed(answer.max_bytes))
 
-    def _set_window(self, window: int, now: float) -> None:
+    def _set_window(self, window: int) -> None:
         self._window = min(window, self._config.window)
 
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
+        oldest = lane.flight[0] if lane and lane.flight else None
+        # Not counted from the last byte that was taken, as the deadline is: a proxy may have taken it, and keep it long.
+        waited = now - max(lane.last_ack, oldest.sent_at) if lane and oldest else 0.0
         run = lane.settle(answer.seq, now) if lane else None
         if run is None:
             self.stray_answers += 1
             return
         self._backlog.landed(run)
         self.progressed = True
-        self._sizing.answered()
+        if oldest is not None and waited < self._config.ack_timeout / 2:  # twice as much will not be late either
+            self._sizing.answered(oldest.end, self._offset)
         self._suspicion.answered(run.priority, run.last)
         self._actions.append(Settle(run))
         if self.idle:
@@ -286,10 +305,11 @@ class Delivery:
     # -- frames
 
     def _sending(self) -> bool:
-        return self._ready and not self._closing and self._bye_by is None
+        return self._ready and not self._closing and not self._deadlines.leaving
 
     def frame_to_send(self, now: float) -> bytes | None:
         """Return the next frame for the server, or None when there is none now."""
+        self.sent = None
         frame = self._frames.pop(0) if self._frames else self._next_messages(now)
         if frame is not None:
             self._offset += len(frame)
@@ -307,11 +327,12 @@ class Delivery:
                 del batch[(len(batch) + 1) // 2 :]
                 frame = self._wire.encode(lane.priority, lane.after, batch)
             if limit is not None and len(frame) > limit:
-                self._pass_over(lane, SetAside(lane.priority, batch[0].seq, _too_large(batch[0], len(frame), limit)))
+                self._pass_over(lane, SetAside(lane.priority, batch[0].seq, too_large(batch[0], len(frame), limit)))
                 continue
             transmission = Transmission(batch, self._offset + len(frame), now)
             self._transmissions.append(transmission)
             self._backlog.sent(lane, transmission)
+            self.sent = run_of(batch)
             self._pacing.spend(len(batch))
             return frame
         return None
@@ -350,12 +371,8 @@ class Delivery:
         if self._wire is None or self._closing:
             return None
         times = self._backlog.hold_timers()
-        times.extend(self._ack_deadline(lane) for lane in self._backlog.lanes.values() if lane.flight)
-        if self._bye_by is not None:
-            times.append(self._bye_by)
-        pause_ends = self._pause_ends(now)
-        if pause_ends is not None:
-            times.append(pause_ends)
+        self._deadlines.pausing(now, self._is_pausing())
+        times.extend(self._deadlines.timers(self._backlog.lanes.values()))
         paced = self._pacing.next_at()
         if paced is not None and self._sending() and self._backlog.waiting:
             times.append(paced)
@@ -366,34 +383,14 @@ class Delivery:
         self._backlog.release(now)
         if self._wire is None or self._closing:
             return
+        self._deadlines.pausing(now, self._is_pausing())
         lanes = self._backlog.lanes.values()
-        if any(lane.flight and now >= self._ack_deadline(lane) for lane in lanes):
+        if self._deadlines.is_late(lanes, now):
             self._sizing.timed_out()
-            self._close(4408, f"no ack for {self._config.ack_timeout:g} s")
-        elif self._bye_by is not None and now >= self._bye_by:
-            self._close(1000, "bye")
-        else:
-            pause_ends = self._pause_ends(now)
-            if pause_ends is not None and now >= pause_ends:
-                self._close(4408, "paused for 5 minutes with messages to send")
+        close = self._deadlines.due(lanes, now)
+        if close is not None:
+            self._close(close.code, close.reason)
 
-    def _ack_deadline(self, lane: Lane) -> float:
-        return max(lane.last_ack, lane.flight[0].progress) + self._config.ack_timeout
-
-    def _pause_ends(self, now: float) -> float | None:
-        """Return when a window of 0 has kept messages waiting for too long (C5); None while it keeps none."""
-        if not self._ready or self._window or self._backlog.messages or not self._backlog.waiting:
-            self._paused_since = None
-            return None
-        if self._paused_since is None:
-            self._paused_since = now
-        return self._paused_since + _LONGEST_PAUSE
-
-
-def _too_large(entry: Entry, needs: int, limit: int) -> Refusal:
-    return Refusal(
-        "too_large",
-        f"its frame of {needs} bytes is over the server's limit of {limit}",
-        unknown=entry.transmissions > 0,
-        needs=needs,
-    )
+    def _is_pausing(self) -> bool:
+        """Whether a window of 0 keeps messages waiting (C5)."""
+        return self._ready and not self._window and not self._backlog.messages and self._backlog.waiting > 0

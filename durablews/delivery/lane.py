@@ -21,15 +21,16 @@ class Hold(NamedTuple):
 class Transmission:
     """One frame on its way: its entries that are not answered yet.
 
-    `end` is the number of bytes handed out up to and including it, `progress` when the socket last took some of those.
+    `end` is the number of bytes handed out up to and including it, `sent_at` when it was, `progress` when the socket
+    last took some of those.
     """
 
-    __slots__ = ("end", "entries", "progress")
+    __slots__ = ("end", "entries", "progress", "sent_at")
 
     def __init__(self, entries: list[Entry], end: int, now: float) -> None:
         self.entries = entries
         self.end = end
-        self.progress = now
+        self.sent_at = self.progress = now
 
 
 class Lane:

@@ -21,6 +21,7 @@ __all__ = [
     "Flowed",
     "Introduction",
     "Nacked",
+    "Ponged",
     "Pushed",
     "Ready",
     "Reply",
@@ -91,6 +92,12 @@ class Pushed(Struct, frozen=True):
     payload: str | bytes
 
 
+class Ponged(Struct, frozen=True):
+    """The answer to a ping of this client."""
+
+    number: int
+
+
 class Reply(Struct, frozen=True):
     """A frame that the dialect itself owes the server, such as a pong."""
 
@@ -103,7 +110,7 @@ class Farewell(Struct, frozen=True):
     retry: float
 
 
-Answer = Ready | Acked | Nacked | Flowed | Pushed | Reply | Farewell
+Answer = Ready | Acked | Nacked | Flowed | Ponged | Pushed | Reply | Farewell
 
 
 class Wire(Protocol):
@@ -117,6 +124,9 @@ class Wire(Protocol):
 
     def encode(self, priority: int, after: int | None, entries: Sequence[Entry]) -> bytes:
         """Return one frame of entries of one priority. `after`: the sequence sent before them on this connection."""
+
+    def ping(self, number: int) -> bytes | None:
+        """Return a frame that the server answers with `Ponged`; None when the dialect has none."""
 
     def feed(self, data: str | bytes) -> list[Answer]:
         """Return what one WebSocket message from the server says.

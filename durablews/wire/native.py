@@ -16,6 +16,7 @@ from durablews.wire.dialect import (
     Flowed,
     Introduction,
     Nacked,
+    Ponged,
     Pushed,
     Ready,
     Reply,
@@ -106,6 +107,9 @@ class _NativeWire:
             ],
         )
 
+    def ping(self, number: int) -> bytes | None:
+        return self._codec.encode(Ping(number))
+
     def feed(self, data: str | bytes) -> list[Answer]:
         frame = self._codec.decode_server(data)
         if isinstance(frame, Ack):
@@ -122,9 +126,11 @@ class _NativeWire:
             return [Ready(frame.window, frame.max_bytes, frame.rewound)]
         if isinstance(frame, Ping):
             return [Reply(self._codec.encode(Pong(frame.n)))]
+        if isinstance(frame, Pong):
+            return [Ponged(frame.n)]
         if isinstance(frame, Bye):
             return [Farewell((_DEFAULT_RETRY_MS if frame.retry is None else frame.retry) / 1000)]
-        return []  # a pong, whose arrival is what counts, or a type of a later version
+        return []  # a type of a later version
 
 
 def _meta(topic: str | None, headers: str | None, created_at: int, transmissions: int) -> dict[str, object]:
