@@ -1,31 +1,25 @@
-"""Opens one WebSocket, and says in a sentence why that failed. No retries here: that is the manager's."""
+"""Opens one WebSocket, straight or through a proxy. No retries here: that is the manager's."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import (
-    InvalidProxy,
-    InvalidProxyStatus,
-    InvalidStatus,
-    InvalidURI,
-    NegotiationError,
-    ProxyError,
-    SecurityError,
-)
+from websockets.exceptions import InvalidProxy, InvalidStatus, SecurityError
+from websockets.proxy import get_proxy, parse_proxy
 from websockets.uri import parse_uri
 
 from durablews import __version__
 from durablews.config import Settings
 from durablews.endpoint import Target, redacted
+from durablews.failures import Way, failed_outcome, timed_out, unusable
 from durablews.reconnection import Outcome, refused_outcome
+from durablews.trust import FilesUnusable, tls_context
 
 __all__ = ["DialFailed", "dial", "server_date"]
 
@@ -48,6 +42,16 @@ class _NoSecrets(logging.LoggerAdapter[logging.Logger]):
         return level > logging.DEBUG and super().isEnabledFor(level)
 
 
+class _Connection(ClientConnection):
+    """Remembers what ended it: a TLS 1.3 server refuses a client's certificate only after the handshake."""
+
+    lost_by: Exception | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost_by = exc
+        super().connection_lost(exc)
+
+
 class _Connect(connect):
     """Follows redirects, but takes no headers of ours to another server: any of them may be a credential."""
 
@@ -61,73 +65,93 @@ class _Connect(connect):
         return target
 
 
-async def dial(target: Target, settings: Settings, subprotocols: tuple[str, ...]) -> ClientConnection:
-    """Open a WebSocket. The caller limits the time.
+class _Attempt:
+    """One attempt, and how far it came.
 
-    Raises:
-        DialFailed: it did not work. Nothing else but cancellation is raised for what the network answers.
+    Args:
+        target: where to, and with which headers.
+        settings: for the proxy, TLS and limits.
     """
-    shown = redacted(target.url)
-    options: dict[str, Any] = {}
-    if target.url.startswith("wss://"):
-        options["ssl"] = await asyncio.to_thread(_tls, settings)  # reads the system's authorities: 20 ms of disk
-    try:
+
+    def __init__(self, target: Target, settings: Settings) -> None:
+        self._target = target
+        self._settings = settings
+        self._proxy: str | None = None
+        self._connection: _Connection | None = None
+
+    @property
+    def way(self) -> Way:
+        shown = None if self._proxy is None else redacted(self._proxy)
+        return Way(redacted(self._target.url), shown, self._connection is not None)
+
+    def failed(self, exc: Exception) -> Outcome:
+        """Say what went wrong."""
+        if isinstance(exc, InvalidStatus):
+            return refused_outcome(self.way.server, exc.response.status_code, exc.response.headers)
+        lost_by = self._connection.lost_by if self._connection is not None else None
+        return failed_outcome(lost_by if isinstance(lost_by, ssl.SSLError) else exc, self.way)
+
+    async def open(self, subprotocols: tuple[str, ...]) -> ClientConnection:
+        # A redirect is followed along the same way: through this proxy, or through none.
+        self._proxy = self._proxy_for(self._target.url)
         return await _Connect(
-            target.url,
-            additional_headers=target.headers,
+            self._target.url,
+            additional_headers=self._target.headers,
             subprotocols=[websockets.Subprotocol(name) for name in subprotocols],
             user_agent_header=f"durablews/{__version__}",
-            compression=settings.compression,
-            proxy={"env": True, None: None}.get(settings.proxy, settings.proxy),
-            max_size=settings.max_message_size,
+            compression=self._settings.compression,
+            proxy=self._proxy,
+            max_size=self._settings.max_message_size,
             open_timeout=None,
             ping_interval=None,  # the manager's heartbeat counts any traffic, which this one does not
             close_timeout=_CLOSE_TIMEOUT,
             logger=_NoSecrets(logging.getLogger("durablews.websocket")),
-            **options,
+            **{**await self._security(), "create_connection": self._reached},
         )
-    except InvalidStatus as exc:
-        raise DialFailed(refused_outcome(shown, exc.response.status_code, exc.response.headers)) from exc
+
+    def _proxy_for(self, url: str) -> str | None:
+        proxy = get_proxy(parse_uri(url)) if self._settings.proxy == "env" else self._settings.proxy
+        if proxy is not None:
+            try:
+                parse_proxy(proxy)
+            except ValueError as exc:  # a port above 65535, half an IPv6 address: its text would show the password
+                raise InvalidProxy("", type(exc).__name__) from None
+        return proxy
+
+    async def _security(self) -> dict[str, Any]:
+        secure = self._target.url.startswith("wss://")
+        proxy_secure = self._proxy is not None and self._proxy.startswith("https://")
+        if not (secure or proxy_secure):
+            return {}
+        context = await asyncio.to_thread(tls_context, self._settings.tls)
+        return {**({"ssl": context} if secure else {}), **({"proxy_ssl": context} if proxy_secure else {})}
+
+    def _reached(self, *arguments: Any, **options: Any) -> _Connection:
+        """Make what websockets makes once there is a connection with the server, before TLS on it."""
+        self._connection = _Connection(*arguments, **options)
+        return self._connection
+
+
+async def dial(target: Target, settings: Settings, subprotocols: tuple[str, ...], *, until: float) -> ClientConnection:
+    """Open a WebSocket.
+
+    Args:
+        until: the moment, by the running loop's clock, at which the attempt is given up.
+
+    Raises:
+        DialFailed: it did not work. Nothing else but cancellation is raised for what the network answers.
+    """
+    attempt = _Attempt(target, settings)
+    limit = asyncio.timeout_at(until)
+    try:
+        async with limit:
+            return await attempt.open(subprotocols)
+    except FilesUnusable as exc:
+        raise DialFailed(unusable("settings", str(exc))) from exc
     except Exception as exc:
-        raise DialFailed(_failed(exc, shown)) from exc
-
-
-def _failed(exc: Exception, shown: str) -> Outcome:
-    """Say in a sentence why no WebSocket came about. No texts of others where they may hold what is secret."""
-    name = type(exc).__name__
-    if isinstance(exc, InvalidProxyStatus):
-        status = exc.response.status_code
-        why = "HTTP 407: it wants credentials" if status == 407 else f"HTTP {status}"
-        return _outcome("proxy", f"the proxy answered {why} for {shown}", owners=status == 407, code=status)
-    if isinstance(exc, InvalidProxy):
-        return _outcome("proxy", "the proxy's address cannot be used", owners=True)
-    if isinstance(exc, ProxyError):
-        return _outcome("proxy", f"the proxy did not connect to {shown}")
-    if isinstance(exc, ImportError):  # connecting through SOCKS is an extra
-        return _outcome("proxy", 'a SOCKS proxy needs a package: pip install "durablews[socks]"', owners=True)
-    if isinstance(exc, NegotiationError):
-        return _outcome("subprotocol", f"{shown} selected a subprotocol that was not offered", owners=True)
-    if isinstance(exc, InvalidURI | SecurityError):
-        return _outcome("redirect", f"{shown} redirects to an address that is not allowed (a login page?)")
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        what = f"the certificate of {shown} is not trusted: {exc.verify_message}"
-        return _outcome("certificate", what, owners=True)
-    if isinstance(exc, ssl.SSLError):
-        return _outcome("tls", f"TLS with {shown} failed: {exc.reason or name}")
-    if isinstance(exc, socket.gaierror):
-        return _outcome("dns", f"the name of {shown} cannot be resolved: {exc.strerror}")
-    if isinstance(exc, OSError):
-        return _outcome("network", f"{shown} cannot be reached: {exc.strerror or name}")
-    if isinstance(exc, EOFError) or isinstance(exc.__cause__, EOFError):  # a reset looks the same to websockets
-        return _outcome("network", f"{shown} ended the connection without an answer")
-    if isinstance(exc, websockets.WebSocketException):
-        return _outcome("handshake", f"{shown} did not answer as a WebSocket server: {name}")
-    # An address, a header or a proxy that cannot be used.
-    return _outcome("settings", f"the url, headers or proxy cannot be used: {name}", owners=True)
-
-
-def _outcome(kind: str, reason: str, *, owners: bool = False, code: int | None = None) -> Outcome:
-    return Outcome(kind=kind, reason=reason, code=code, blocked=reason if owners else None, slow=owners)
+        if limit.expired():
+            raise DialFailed(timed_out(attempt.way, settings.reconnect.connect_timeout)) from exc
+        raise DialFailed(attempt.failed(exc)) from exc
 
 
 def server_date(websocket: ClientConnection) -> int | None:
@@ -137,14 +161,3 @@ def server_date(websocket: ClientConnection) -> int | None:
         return int(parsedate_to_datetime(text).timestamp() * 1000) if text else None
     except (ValueError, OverflowError, OSError):
         return None
-
-
-def _tls(settings: Settings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.tls.ca_file)
-        if settings.tls.cert_file is not None:
-            context.load_cert_chain(settings.tls.cert_file, settings.tls.key_file)
-    except OSError as exc:
-        what = f"the TLS files cannot be used: {exc.strerror or type(exc).__name__}"
-        raise DialFailed(_outcome("settings", what, owners=True)) from exc
-    return context

@@ -94,11 +94,11 @@ class Link:
         self._changed = asyncio.Event()
         self._close: Close | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        # Bytes of frames: handed to the socket, taken by the other end, and handed before the last ping. The two others
-        # are what the last look found.
+        # Bytes of frames: handed to the socket, taken by the other end, and handed before the last ping; what the last
+        # look found; and when the queue moved, or was pinged behind, for the last time.
         self._handed = self._taken = self._before_ping = 0
         self._seen_handed = self._seen_queued = 0
-        self._seen_at = 0.0
+        self._moved_at = 0.0
         self._pings: dict[int, float] = {}
         self._ping_number = 0
         self._defect: Exception | None = None
@@ -176,7 +176,7 @@ class Link:
             times.append(welcome_by)
         if self._leave_at is not None:
             times.append(self._leave_at)
-        if self._delivery.untaken or self._taken < self._before_ping:
+        if self._delivery.untaken or self._taken < max(self._handed, self._before_ping):
             times.append(now + _PROGRESS_LOOK)
         return min(times)
 
@@ -209,6 +209,7 @@ class Link:
             data = await self._websocket.recv()
             now = self._now()
             self._heartbeat.received(now)
+            self._report_taken(now)
             self._delivery.receive(data, now)
             self._act()
 
@@ -235,13 +236,15 @@ class Link:
         # Only a queue that shrinks while nothing is added proves that the other end takes something: under compression
         # a frame adds less to the queue than to what was handed.
         shrinks = queued < self._seen_queued and self._handed == self._seen_handed
+        self._seen_handed, self._seen_queued = self._handed, queued
         if shrinks and self._taken < self._before_ping:
-            self._heartbeat.delayed(now - self._seen_at)
-        self._seen_handed, self._seen_queued, self._seen_at = self._handed, queued, now
+            self._heartbeat.delayed(now - self._moved_at)
+            self._moved_at = now
         taken = self._handed - min(queued, self._handed)
         if taken > self._taken:
             self._taken = taken
             self._delivery.taken(taken, now)
+            self._sendable.set()
 
     def _unacknowledged(self) -> int:
         """Return how many bytes the other end's system has not acknowledged; 0 where this system does not tell.
@@ -262,7 +265,7 @@ class Link:
             self._events.put(HeartbeatTimeout(self._heartbeat.silence(now)))
             self.close(4408, "nothing was heard for too long")
         elif beat is Beat.PING:
-            self._before_ping = self._handed
+            self._before_ping, self._moved_at = self._handed, now
             if self._heartbeat.application:
                 self._ping_number += 1
                 if self._delivery.ping(self._ping_number):

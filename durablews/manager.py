@@ -257,14 +257,9 @@ class ConnectionManager:
         except ProviderFailed as exc:
             blocked = exc.reason if exc.defect else None
             return self._failed(Outcome(kind="provider", reason=exc.reason, blocked=blocked, slow=exc.defect))
-        limit = self._settings.reconnect.connect_timeout
-        welcome_by = asyncio.get_running_loop().time() + limit
+        welcome_by = asyncio.get_running_loop().time() + self._settings.reconnect.connect_timeout
         try:
-            async with asyncio.timeout_at(welcome_by):
-                websocket = await dial(target, self._settings, self._dialect.subprotocols)
-        except TimeoutError:
-            what = f"{redacted(target.url)} did not answer within {limit:g} s"
-            return self._failed(Outcome(kind="timeout", reason=what))
+            websocket = await dial(target, self._settings, self._dialect.subprotocols, until=welcome_by)
         except DialFailed as exc:
             return self._failed(exc.outcome)
         return await self._run_connection(websocket, redacted(target.url), welcome_by)

@@ -86,6 +86,7 @@ class NetworkNews:
     that stays. Routes count in the main table only.
 
     What is there at the start is no news: send what `ask` returns, one question after the other, and feed the answers.
+    Only what the kernel says again before it has answered is: it cannot be told from what has just come.
     """
 
     def __init__(self) -> None:

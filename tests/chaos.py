@@ -437,15 +437,15 @@ def chaos(seed: int, *, peace: float = 0.02, patience: float = 10.0) -> Iterator
             slowness = {"direction": ways, "lasting": chance.uniform(0.05, 0.2), "cut": cut}
             # Up go messages, down come acks.
             middle = Manner(cut_after=chance.randrange(2000 if one_way is Direction.UP else 40), cut=cut)
-            following = {"next_for": chance.uniform(0.02, 0.1)}
+            following = {"next_for": chance.uniform(0.02, 0.06)}
             # Within the request and the hello, within the answer: before the client is welcomed.
-            early = Manner(cut_after=chance.randrange(400 if one_way is Direction.UP else 200), cut=cut)
+            early = Manner(cut_after=chance.randrange(350 if one_way is Direction.UP else 200), cut=cut)
             rate, piece = chance.uniform(5e3, 5e4), chance.randint(50, 1500)
             more: dict[str, dict[str, Any]] = {
                 "reset": {},
                 "fin": {"cut": "fin"},
                 # Nothing may come that way: it is cut all the same.
-                "mid-frame": {"manner": middle, "direction": one_way, "lasting": 0.1},
+                "mid-frame": {"manner": middle, "direction": one_way, "lasting": 0.06},
                 "half-open": {"to": Direction.DOWN},
                 "refused": {"door": "shut", **following},
                 "slammed": {"door": "reset", **following},

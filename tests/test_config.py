@@ -247,6 +247,39 @@ def test_the_environment_names_every_setting() -> None:
     assert settings.max_message_size == 2048
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("TRUE", True), ("1", True), ("yes", True), ("on", True), ("false", False), ("0", False)],
+)
+def test_yes_and_no_have_several_words(text: str, value: bool) -> None:
+    """A switch in the environment, or as text in a mapping, is what people write."""
+    found = read_environment({"DURABLEWS_HEARTBEAT_ADAPTIVE": text})
+    assert read_settings(found, Settings, "").heartbeat.adaptive is value
+    assert read(heartbeat={"application": text}).heartbeat.application is value
+
+
+@pytest.mark.parametrize("given", ["maybe", "", "2", 1, None])
+def test_a_switch_is_on_or_off(given: object) -> None:
+    """Anything else is an error that names the setting."""
+    with pytest.raises(ConfigError, match=r"^heartbeat\.adaptive"):
+        read(heartbeat={"adaptive": given})
+
+
+def test_the_settings_of_the_link_have_ranges() -> None:
+    """Delays are above zero, and what may be off can be."""
+    settings = read(reconnect={"first_delay": "20m", "max_connection_age": "2h"}, auth={"provider_timeout": "3s"})
+    assert (settings.reconnect.first_delay, settings.reconnect.max_connection_age) == (1200, 7200)
+    assert settings.auth.provider_timeout == 3
+    assert read(reconnect={"first_delay": "none", "max_connection_age": None}).reconnect == ReconnectConfig()
+    for table, name in (
+        ("reconnect", "first_delay"),
+        ("reconnect", "max_connection_age"),
+        ("auth", "provider_timeout"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{table}\.{name}"):
+            read(**{table: {name: 0}})
+
+
 def test_a_text_setting_that_looks_like_a_number_stays_text() -> None:
     """A file may be called 2024, or 1e5."""
     found = read_environment({"DURABLEWS_OUTBOX": "2024", "DURABLEWS_AUTH_TOKEN_FILE": "1e5"})

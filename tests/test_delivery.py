@@ -55,6 +55,8 @@ class Shell:
         self.done: list[Action] = []
         self.frames: list[Hello | Msgs | Pong] = []
         self.handed = 0
+        #: What a link carries at a time; most stories are about other limits.
+        self.limit = 1 << 30
 
     # -- the outbox
 
@@ -93,6 +95,7 @@ class Shell:
 
     def connect(self, *, window: int = 1024, max_bytes: int = 1 << 20) -> None:
         self.delivery.connected(NativeDialect().connection(JSON), HELLO)
+        self.delivery._transit.limit = self.limit
         self.handed = 0
         self.pump()
         self.frames.clear()

@@ -27,6 +27,7 @@ from durablews.delivery.lane import Lane, Transmission, run_of
 from durablews.delivery.pacing import Pacing
 from durablews.delivery.sizing import Sizing, too_large
 from durablews.delivery.suspicion import Closed, Suspicion, Verdict
+from durablews.delivery.transit import Transit
 from durablews.errors import ProtocolError
 from durablews.messages import Entry, Refusal, Run
 from durablews.wire.dialect import (
@@ -68,6 +69,7 @@ class Delivery:
         self._pacing = Pacing(config.rate_limit)
         self._suspicion = Suspicion(instance)
         self._sizing = Sizing(BATCH_MESSAGES)
+        self._transit = Transit()
         self._actions: list[Action] = []
         #: Answers for what was not in flight: ignored, and counted here (C4).
         self.stray_answers = 0
@@ -76,15 +78,13 @@ class Delivery:
     def _reset(self) -> None:
         self._backlog.reset()
         self._sizing.begin()
+        self._transit.begin()
         self._wire: Wire | None = None
         self._frames: list[bytes] = []
         self._ready = self._closing = self._rewound = False
         self._deadlines = Deadlines(self._config.ack_timeout)
         self._window = 0
         self._max_bytes: int | None = None
-        # Bytes of frames that were handed out, and that the socket has taken of them (C9).
-        self._offset = self._taken = 0
-        self._transmissions: list[Transmission] = []
         self._astray = 0
         #: Whether this connection brought an ack.
         self.progressed = False
@@ -195,7 +195,7 @@ class Delivery:
         elif isinstance(answer, Ponged):
             self._actions.append(Echoed(answer.number))
         elif isinstance(answer, Flowed):
-            self._set_window(answer.window)
+            self._window = min(answer.window, self._config.window)
         elif isinstance(answer, Ready):
             self._welcomed(answer)
         elif isinstance(answer, Farewell):
@@ -215,17 +215,16 @@ class Delivery:
         self._ready = True
         self._backlog.stored()
         self._max_bytes = answer.max_bytes
-        self._set_window(self._config.window if answer.window is None else answer.window)
+        self._window = self._config.window if answer.window is None else min(answer.window, self._config.window)
         self._actions.append(Welcomed(answer.max_bytes))
-
-    def _set_window(self, window: int) -> None:
-        self._window = min(window, self._config.window)
 
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
         oldest = lane.flight[0] if lane and lane.flight else None
-        # Not counted from the last byte that was taken, as the deadline is: a proxy may have taken it, and keep it long.
+        # Not from the last byte that was taken, as the deadline is counted: a proxy may have taken it, and keep it.
         waited = now - max(lane.last_ack, oldest.sent_at) if lane and oldest else 0.0
+        if oldest is not None and answer.seq >= oldest.entries[0].seq:
+            self.taken(oldest.end, now)
         run = lane.settle(answer.seq, now) if lane else None
         if run is None:
             self.stray_answers += 1
@@ -233,7 +232,7 @@ class Delivery:
         self._backlog.landed(run)
         self.progressed = True
         if oldest is not None and waited < self._config.ack_timeout / 2:  # twice as much will not be late either
-            self._sizing.answered(oldest.end, self._offset)
+            self._sizing.answered(oldest.end, self._transit.handed)
         self._suspicion.answered(run.priority, run.last)
         self._actions.append(Settle(run))
         if self.idle:
@@ -312,11 +311,11 @@ class Delivery:
         self.sent = None
         frame = self._frames.pop(0) if self._frames else self._next_messages(now)
         if frame is not None:
-            self._offset += len(frame)
+            self._transit.hand(len(frame), now)
         return frame
 
     def _next_messages(self, now: float) -> bytes | None:
-        while self._sending() and self._wire is not None:
+        while self._sending() and self._wire is not None and not self._transit.is_full:
             lane = self._backlog.next_lane(now)
             batch = self._batch(lane, now) if lane else []
             if lane is None or not batch:
@@ -329,8 +328,8 @@ class Delivery:
             if limit is not None and len(frame) > limit:
                 self._pass_over(lane, SetAside(lane.priority, batch[0].seq, too_large(batch[0], len(frame), limit)))
                 continue
-            transmission = Transmission(batch, self._offset + len(frame), now)
-            self._transmissions.append(transmission)
+            transmission = Transmission(batch, self._transit.handed + len(frame), now)
+            self._transit.track(transmission)
             self._backlog.sent(lane, transmission)
             self.sent = run_of(batch)
             self._pacing.spend(len(batch))
@@ -343,7 +342,7 @@ class Delivery:
         if self._suspicion.alone:
             window = min(window, 1)
         most = min(self._backlog.places(lane, window), self._sizing.scaled(BATCH_MESSAGES))
-        frame_room = self._sizing.scaled(BATCH_BYTES)
+        frame_room = min(self._sizing.scaled(BATCH_BYTES), self._transit.frame)
         if self._max_bytes is not None:
             frame_room = min(frame_room, self._max_bytes)
         room = self._sizing.scaled(self._config.window_bytes) - self._backlog.bytes
@@ -351,18 +350,16 @@ class Delivery:
         return self._backlog.batch(lane, now, most=most, room=room, frame_room=frame_room)
 
     def taken(self, total: int, now: float) -> None:
-        """Take note that the socket has taken `total` bytes of this connection's frames (C9)."""
-        if total <= self._taken:
-            return
-        self._taken = total
-        for transmission in self._transmissions:
-            transmission.progress = now
-        self._transmissions = [transmission for transmission in self._transmissions if transmission.end > total]
+        """Take note that the socket, or better the other end, has taken `total` bytes of this connection's frames (C9).
+
+        More may be sent then.
+        """
+        self._transit.take(total, now)
 
     @property
     def untaken(self) -> bool:
         """Whether the socket has frames of messages still to take: the shell then reports `taken` before its timers."""
-        return bool(self._transmissions)
+        return self._transit.untaken
 
     # -- timers
 
