@@ -36,8 +36,8 @@ from durablews.receiver.session import Session
 CYCLES = int(os.environ.get("DURABLEWS_TEST_CYCLES", "500"))
 #: Messages a second: what is asked of the sender, and the least that proves anything.
 PACE, LEAST = 320, 200
-#: Cycles that show a soak's own checks at work.
-SHORT = 20
+#: Cycles that show a soak's own checks at work: on leaks, and on what one broken connection in five or so brings about.
+SHORT, LONGER = 20, 100
 PRIORITIES = (1, 0, -1)
 #: So many connections of which only the client knows that they are over stand at the server.
 LINGERING = 3
@@ -317,7 +317,7 @@ async def test_a_soak_finds_a_client_that_takes_sending_for_delivery(
         return frame
 
     monkeypatch.setattr(Delivery, "frame_to_send", careless)
-    report = await soaked(tmp_path, seed, SHORT, patience=2.0)
+    report = await soaked(tmp_path, seed, LONGER, patience=2.0)
     assert any(finding.startswith("lost") for finding in report.findings)
 
 
@@ -326,7 +326,7 @@ async def test_a_soak_finds_a_server_that_applies_repeats(
 ) -> None:
     """A server that does not know what it has applied applies some of it twice, and the soak says so."""
     monkeypatch.setattr(Session, "judge", lambda self, frame, number: frame.items)
-    report = await soaked(tmp_path, seed, SHORT, patience=2.0)
+    report = await soaked(tmp_path, seed, LONGER, patience=2.0)
     assert any(finding.startswith("twice") for finding in report.findings)
     assert not any(finding.startswith("lost") for finding in report.findings)
 

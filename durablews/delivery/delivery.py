@@ -69,7 +69,7 @@ class Delivery:
         self._pacing = Pacing(config.rate_limit)
         self._suspicion = Suspicion(instance)
         self._sizing = Sizing(BATCH_MESSAGES)
-        self._transit = Transit()
+        self._transit = Transit(config.ack_timeout)
         self._actions: list[Action] = []
         #: Answers for what was not in flight: ignored, and counted here (C4).
         self.stray_answers = 0

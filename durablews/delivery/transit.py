@@ -11,8 +11,11 @@ _FIRST, _LEAST = 32 * 1024, 8 * 1024
 # A new connection may be another, slower path: it begins with no more than this.
 _MOST_AT_FIRST = 128 * 1024
 # Seconds that a frame took to arrive: below the first four times as much may be on its way, below the second twice as
-# much; above the third it must be half.
+# much; above the third it must be half. So for an ack_timeout of 30 s and above; in proportion for a shorter one, for
+# what lies in the way delays acks too: one that waits for the acknowledgement of the segment before it (Nagle's
+# algorithm, at servers without TCP_NODELAY) comes only after all of it.
 _QUICK, _GOOD, _SLOW = 0.1, 1.0, 4.0
+_USUAL_ACK_TIMEOUT = 30.0
 
 
 class Transit:
@@ -21,9 +24,13 @@ class Transit:
     Whatever lies between delays everything behind it: an alarm, a ping, the pong that the server waits for. A server
     whose library pings every 20 s and waits 20 s for the pong (websockets and uvicorn do) would cut a link of 16 kbit/s
     again and again, with nothing delivered, if a megabyte lay before that pong.
+
+    Args:
+        ack_timeout: seconds in which an ack must come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ack_timeout: float) -> None:
+        self._pace = min(1.0, ack_timeout / _USUAL_ACK_TIMEOUT)
         #: Bytes that may be on their way.
         self.limit = _FIRST
         self.begin()
@@ -77,10 +84,10 @@ class Transit:
                 self._begin_round(now)
 
     def _end_round(self, volume: int, took: float) -> None:
-        if took > _SLOW:
+        if took > _SLOW * self._pace:
             self.limit = max(self.limit // 2, _LEAST)
-        elif volume >= self.frame // 2 and took < _GOOD:  # less says nothing about what the link could carry
-            self.limit *= 4 if took < _QUICK else 2
+        elif volume >= self.frame // 2 and took < _GOOD * self._pace:  # less does not show what the link could carry
+            self.limit *= 4 if took < _QUICK * self._pace else 2
 
     def _begin_round(self, now: float) -> None:
         self._round = (self.handed, self.handed - self._taken, now)
