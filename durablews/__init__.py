@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from durablews.analysis.findings import Finding as Finding
+    from durablews.analysis.judging import check as check
     from durablews.client import Client as Client
     from durablews.client import Stats as Stats
     from durablews.client import connect as connect
@@ -79,6 +81,8 @@ _HOMES: dict[str, str] = {
     "Client": "client",
     "Stats": "client",
     "connect": "client",
+    "Finding": "analysis.findings",
+    "check": "analysis.judging",
     "Settings": "config",
     "ConfigError": "errors",
     "Dropped": "errors",

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from durablews.config import Settings, load, merge, read_settings
+from durablews.config import Settings, merge, read_settings
+from durablews.configfile import load
 from durablews.draining import DrainedOutbox
 from durablews.endpoint import Endpoint, check_url
 from durablews.errors import ConfigError, OutboxClosed
@@ -74,7 +75,7 @@ def connect(
         url: ``ws://`` or ``wss://``; or a callable that gives it, sync or async, asked on every attempt. This and the
             other callables may take `auth.provider_timeout` seconds; one that is not async runs in a thread.
         outbox: the file; created when there is none.
-        config: a TOML file, a mapping, or `Settings`; keywords count more.
+        config: a TOML or JSON file, a mapping, or `Settings`; keywords count more.
         dialect: what the server speaks; ``"durablews.v1"``.
         headers: a mapping for the handshake, or a callable that gives one.
         token: a bearer token, or a callable that gives one. When the server does not accept it, the callable is asked

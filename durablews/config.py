@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -26,7 +25,6 @@ __all__ = [
     "ReconnectConfig",
     "Settings",
     "TLSConfig",
-    "load",
     "merge",
     "parse_duration",
     "parse_size",
@@ -215,24 +213,6 @@ def merge(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
             else:
                 merged[name] = value
     return merged
-
-
-def load(path: str) -> dict[str, Any]:
-    """Return what a TOML file says, as nested names; `read_settings` judges it.
-
-    Raises:
-        ConfigError: it cannot be read, or is not TOML.
-    """
-    try:
-        with open(path, "rb") as file:
-            document = tomllib.load(file)
-    except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: not TOML: {exc}") from exc
-    if path.endswith("pyproject.toml"):
-        document = document.get("tool", {}).get("durablews", {})
-    return document
 
 
 def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from durablews.config import (
     HeartbeatConfig,
     ReconnectConfig,
     Settings,
-    load,
     merge,
     parse_duration,
     parse_size,
     read_environment,
     read_settings,
 )
+from durablews.configfile import load
 from durablews.errors import ConfigError
 
 

@@ -22,8 +22,8 @@ NAMES_THAT_SAY_NOTHING = {"common", "helper", "helpers", "misc", "shared", "util
 PLAIN = frozenset(
     """
     __future__ abc array base64 binascii bisect collections contextlib copy dataclasses decimal difflib email.utils
-    enum fractions functools hashlib heapq hmac html inspect io itertools json keyword logging math numbers operator re
-    reprlib shlex string struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
+    enum fractions functools hashlib heapq hmac html inspect io ipaddress itertools json keyword logging math numbers
+    operator re reprlib shlex string struct sys textwrap traceback types typing unicodedata urllib.parse weakref zlib
     """.split()
 )
 
@@ -52,7 +52,8 @@ HOUSE: dict[str, Room] = {
     "netlink": Room(0),
     "lifecycle": Room(1),
     "messages": Room(1, "msgspec"),
-    "config": Room(1, "system msgspec tomllib"),
+    "config": Room(1, "msgspec"),
+    "places": Room(1, "tomllib"),
     "schema": Room(1, "system sqlite3"),
     "ownership": Room(1, "system fcntl msvcrt time"),
     "jobs": Room(1, "system aiosqlite asyncio sqlite3"),
@@ -64,7 +65,11 @@ HOUSE: dict[str, Room] = {
     "heartbeat": Room(2),
     "network": Room(2, "system asyncio"),
     "providers": Room(2, "asyncio contextvars threading"),
+    "configfile": Room(2, "system msgspec tomllib"),
     "trust": Room(2, "ssl"),
+    "analysis.surroundings": Room(2, "system time"),
+    "analysis.profiles": Room(2, "system msgspec tomllib"),
+    "analysis.*": Room(3, "system msgspec"),
     "endpoint": Room(3, "msgspec"),
     "events": Room(2, "asyncio msgspec"),
     "settlement": Room(4, "msgspec sqlite3"),
@@ -92,6 +97,7 @@ HOUSE: dict[str, Room] = {
     "cli": Room(12, "system argparse importlib", in_functions="asyncio websockets"),
     "cli.send": Room(11, "system argparse sqlite3"),
     "cli.evidence": Room(11, "system argparse sqlite3"),
+    "cli.check": Room(11, "system argparse", in_functions="random"),
     "cli.*": Room(11, "system argparse", in_functions="asyncio websockets"),
     "__init__": Room(12, "importlib"),
     "__main__": Room(13),

@@ -90,8 +90,8 @@ def test_a_state_has_no_setter() -> None:
 
 
 def test_the_drawing_in_the_documentation_is_the_table() -> None:
-    """`tools/diagram.py` finds nothing to draw anew; it would, after any change of the table."""
-    check = [sys.executable, str(ROOT / "tools" / "diagram.py"), "--check"]
+    """`tools/pages.py` finds nothing to draw anew; it would, after any change of the table."""
+    check = [sys.executable, str(ROOT / "tools" / "pages.py"), "--check"]
     assert subprocess.run(check, capture_output=True, text=True).returncode == 0
     page = (ROOT / "durablews" / "docs" / "link.md").read_text(encoding="utf-8")
     arrows = set(re.findall(r"^    (\w+) --> (\w+): (.+)$", page, re.MULTILINE))

@@ -20,7 +20,8 @@ from durablews.errors import ConfigError, DurablewsError, OutboxError, OutboxFul
 __all__ = ["build_parser", "main"]
 
 # In the order of a newcomer's questions.
-_VERBS = {name: import_module(f"durablews.cli.{name}") for name in ("demo", "send", "inspect", "run", "serve")}
+_NAMES = ("demo", "send", "inspect", "run", "check", "explain", "serve")
+_VERBS = {name: import_module(f"durablews.cli.{name}") for name in _NAMES}
 
 _EPILOG = """\
 examples:
@@ -29,10 +30,11 @@ examples:
   journalctl -f -o cat | durablews send agent.db --lines
   durablews inspect agent.db                         what waits, and how the link stands
   durablews run --url wss://example.com/ingest --outbox agent.db
+  durablews check agent.toml                         what is wrong with a configuration, and why
 
 exit codes:
   0    done
-  1    not all of it: the outbox is full, or there is no such entry
+  1    not all of it: the outbox is full, there is no such entry, or check found errors
   2    wrong usage, configuration or message
   3    the outbox is missing, not an outbox, too new, locked or in use, or its disk failed
   4    the network gave up

@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
         "SIGTERM drains for drain_timeout and stops. A flag counts more than a DURABLEWS_ variable, and that more than "
         "CONFIG.",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML file with the settings")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML or JSON file with the settings")
     parser.add_argument("--url", help="the server: ws:// or wss://")
     parser.add_argument("--outbox", metavar="FILE", help="the outbox; created when there is none")
     parser.add_argument("--until-empty", action="store_true", help="stop with exit code 0 once nothing waits any more")
@@ -35,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run until stopped, or until the outbox is empty."""
-    from durablews.config import load, merge, parse_duration, read_environment
+    from durablews.config import merge, parse_duration, read_environment
+    from durablews.configfile import load
 
     timeout = parse_duration(args.timeout) if args.timeout is not None else None
     flags = {name: value for name in ("url", "outbox") if (value := getattr(args, name)) is not None}

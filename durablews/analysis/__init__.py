@@ -1,0 +1,1 @@
+"""What a configuration will do, judged before a fleet goes out with it."""

@@ -1,0 +1,1 @@
+"""The rules, by the part of a configuration that they judge. `catalogue` lists them all."""
