@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from durablews.attempt import OnOpen
 from durablews.config import Settings, merge, read_settings
 from durablews.configfile import load
 from durablews.draining import DrainedOutbox
@@ -16,7 +17,7 @@ from durablews.endpoint import Endpoint, check_url
 from durablews.errors import ConfigError, OutboxClosed
 from durablews.events import Disconnected, EventLog, Events, Failed
 from durablews.lifecycle import State
-from durablews.manager import ConnectionManager, OnOpen
+from durablews.manager import ConnectionManager
 from durablews.messages import decode_payload
 from durablews.outbox import Counts, Receipt
 from durablews.providers import Provided

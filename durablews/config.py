@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -25,6 +25,7 @@ __all__ = [
     "ReconnectConfig",
     "Settings",
     "TLSConfig",
+    "did_you_mean",
     "merge",
     "parse_duration",
     "parse_size",
@@ -233,7 +234,7 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if not variable.startswith("DURABLEWS_"):
             continue
         if variable not in names:
-            raise ConfigError(f"{variable} is not a setting{_did_you_mean(variable, names)}")
+            raise ConfigError(f"{variable} is not a setting{did_you_mean(variable, names)}")
         *tables, key = names[variable]
         target = found
         for name in tables:
@@ -278,7 +279,7 @@ def _plain(value: Mapping[str, Any], kind: type[Struct], where: str) -> dict[str
     prefix = f"{where}." if where else ""
     for name, given in value.items():
         if name not in fields:
-            raise ConfigError(f"{prefix}{name} is not a setting{_did_you_mean(str(name), fields)}")
+            raise ConfigError(f"{prefix}{name} is not a setting{did_you_mean(str(name), fields)}")
         table = _table(kind, name)
         if table is not None:
             plain[name] = read_settings(given, table, prefix + name)
@@ -331,6 +332,7 @@ def _number(text: str) -> Any:
     return text
 
 
-def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that offers the nearest of the `known` names; nothing when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -17,7 +17,7 @@ from msgspec import Struct
 from durablews.errors import ConfigError
 from durablews.places import Path, Place, Scan, scan_json, scan_toml
 
-__all__ = ["REFERENCE", "ConfigFile", "load", "read_config"]
+__all__ = ["REFERENCE", "REFERENCE_NAMES", "ConfigFile", "load", "read_config"]
 
 # A configuration has some hundred bytes. What is larger is something else, and is not read.
 _LARGEST = 1024 * 1024
@@ -36,6 +36,8 @@ REFERENCE: dict[str, tuple[Path, int]] = {
     "queueMaxAge": (("caps", "max_age"), 1000),
 }
 _AUTOMATIC = "autoReconnect"
+#: All names of the other client.
+REFERENCE_NAMES = (*REFERENCE, _AUTOMATIC)
 _RETRIES: Path = ("reconnect", "max_retries")
 
 _IGNORE = re.compile(r"#\s*durablews:\s*ignore\s*(?:\[([^\]]*)\])?", re.IGNORECASE)
@@ -92,7 +94,7 @@ def read_config(path: str) -> ConfigFile:
         for line, comment in scan.comments.items()
         if (match := _IGNORE.search(comment))
     }
-    is_reference = any(name in document for name in (*REFERENCE, _AUTOMATIC) if name != "url")
+    is_reference = any(name in document for name in REFERENCE_NAMES if name != "url")
     spelled: dict[Path, str] = {}
     if is_reference:
         document, places, spelled = _translated(document, places)
@@ -176,7 +178,7 @@ def _translated(
             moved[path] = places[(name,)]
 
     for name, value in document.items():
-        if name not in REFERENCE and name != _AUTOMATIC:
+        if name not in REFERENCE_NAMES:
             settings[name] = value
             moved.update({path: place for path, place in places.items() if path[0] == name})
     for name, (path, unit) in REFERENCE.items():

@@ -57,7 +57,10 @@ class _Connect(connect):
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         before, headers = self.ws_uri, self.additional_headers
-        target = super().process_redirect(exc)
+        try:
+            target = super().process_redirect(exc)
+        except (LookupError, ValueError):  # two Locations, or one that is no address
+            return SecurityError("a redirect to nowhere")
         if isinstance(target, str) and headers:
             after = parse_uri(target)
             if (before.secure, before.host, before.port) != (after.secure, after.host, after.port):
@@ -156,8 +159,8 @@ async def dial(target: Target, settings: Settings, subprotocols: tuple[str, ...]
 
 def server_date(websocket: ClientConnection) -> int | None:
     """Return the Date of the handshake's answer, in ms since 1970 UTC, or None."""
-    text = websocket.response.headers.get("Date") if websocket.response else None
     try:
-        return int(parsedate_to_datetime(text).timestamp() * 1000) if text else None
-    except (ValueError, OverflowError, OSError):
+        text = websocket.response.headers["Date"] if websocket.response else ""
+        return int(parsedate_to_datetime(text).timestamp() * 1000)
+    except (LookupError, ValueError, OverflowError, OSError):  # none, or several; or it is no date
         return None

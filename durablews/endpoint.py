@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from msgspec import Struct
 
@@ -13,6 +14,9 @@ from durablews.errors import ConfigError
 from durablews.providers import Provided, Provider, ProviderFailed
 
 __all__ = ["Endpoint", "Target", "check_url", "redacted"]
+
+# What is shorter may be a word that the server means: "no" is no secret.
+_SHORTEST_SECRET = 6
 
 
 class Target(Struct, frozen=True, kw_only=True):
@@ -23,6 +27,16 @@ class Target(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"<Target {redacted(self.url)}>"  # the rest may be secret
+
+    def discreet(self, text: str) -> str:
+        """Return what a server says without what it was told: some repeat the token that they refuse."""
+        query = parse_qsl(urlsplit(self.url).query, keep_blank_values=True)
+        told = [*self.headers.values(), *(value for _, value in query)]
+        # "Bearer abc" is also "abc". Longest first, so that no rest is left of one that begins another.
+        secrets = {word for value in told for word in (value, *value.split()) if len(word) >= _SHORTEST_SECRET}
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, "...")
+        return text
 
 
 class Endpoint:
@@ -39,9 +53,9 @@ class Endpoint:
         limit = settings.auth.provider_timeout
         self._fixed = settings.auth.headers
         file = settings.auth.token_file if token is None else None
-        self._url = Provider("url", url, limit)
-        self._headers = Provider("headers", headers, limit)
-        self._token = Provider("token", token if file is None else partial(_read_token, file), limit)
+        self._url = Provider("url", url, limit, _checked_url)
+        self._headers = Provider("headers", headers, limit, _checked_headers)
+        self._token = Provider("token", token if file is None else partial(_read_token, file), limit, _checked_token)
         #: Whether a later answer may be another one.
         self.may_change = any(provider.is_callable for provider in (self._url, self._headers, self._token))
         #: Whether asking costs no more than a look at a file.
@@ -53,15 +67,10 @@ class Endpoint:
         Raises:
             ProviderFailed: a callable failed, or gave what cannot be used.
         """
-        url = await self._url.ask()
-        if not _is_usable(url):
-            raise ProviderFailed("the url must begin with ws:// or wss:// and name a host", defect=True)
-        headers = await self._headers.ask()
-        if headers is not None and not isinstance(headers, Mapping):
-            raise ProviderFailed("headers must be a mapping", defect=True)
-        together = {**self._fixed, **(headers or {})}
-        token = await self._token.ask()
-        if token is not None and str(token):
+        url: str = await self._url.ask()
+        together: dict[str, str] = {**self._fixed, **(await self._headers.ask())}
+        token: str = await self._token.ask()
+        if token:
             together["Authorization"] = f"Bearer {token}"
             url = _without_user(url)  # websockets would send its user and password as a second Authorization
         return Target(url=url, headers=together)
@@ -79,15 +88,54 @@ def check_url(url: Provided) -> None:
     Raises:
         ConfigError: it is not one for a WebSocket.
     """
-    if not callable(url) and not _is_usable(url):
-        raise ConfigError("url must begin with ws:// or wss:// and name a host")
+    if not callable(url) and (fault := _fault_of(url)) is not None:
+        raise ConfigError(f"url {fault}")
 
 
-def _is_usable(url: object) -> bool:
+def _fault_of(url: object) -> str | None:
+    """Say what is wrong with a URL (RFC 6455 section 3), without quoting it."""
     try:
-        return isinstance(url, str) and url.startswith(("ws://", "wss://")) and bool(urlsplit(url).hostname)
-    except ValueError:  # half an IPv6 address
-        return False
+        parts = urlsplit(url) if isinstance(url, str) and url.startswith(("ws://", "wss://")) else None
+        if parts is None or not parts.hostname or parts.port == 0:
+            return "must begin with ws:// or wss:// and name a host"
+    except ValueError:  # half an IPv6 address, a port above 65535
+        return "must begin with ws:// or wss:// and name a host"
+    if "#" in url:  # type: ignore[operator]
+        return "must not have a fragment (#)"
+    if parts.username is not None and parts.password is None:
+        return "names a user without a password"
+    return None
+
+
+def _checked_url(url: Any) -> str:
+    if (fault := _fault_of(url)) is not None:
+        raise ProviderFailed(f"the url {fault}", defect=True)
+    return str(url)
+
+
+def _checked_headers(headers: Any) -> dict[str, str]:
+    if headers is None:
+        return {}
+    if not isinstance(headers, Mapping):
+        raise ProviderFailed("headers must be a mapping", defect=True)
+    checked = dict(headers)
+    if not all(_is_sendable(name) and _is_sendable(value) for name, value in checked.items()):
+        raise ProviderFailed("headers must be texts of one line", defect=True)
+    return checked
+
+
+def _checked_token(token: Any) -> str:
+    """Return a token without the white space around it: a file that holds one mostly ends with a line end."""
+    if token is None:
+        return ""
+    if not isinstance(token, str) or not _is_sendable(token.strip()):
+        raise ProviderFailed("the token must be a text of one line", defect=True)
+    return token.strip()
+
+
+def _is_sendable(text: Any) -> bool:
+    """Whether a text may be part of a header (RFC 9110 section 5.5)."""
+    return isinstance(text, str) and text.isprintable() and text.isascii()
 
 
 def _without_user(url: str) -> str:

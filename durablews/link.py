@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from websockets.exceptions import ConnectionClosed
 
+from durablews.closing import close_in_time, how_closed
 from durablews.delivery.actions import (
     Action,
     Close,
@@ -50,16 +51,12 @@ if TYPE_CHECKING:
 if sys.platform == "linux":
     import fcntl
 
-__all__ = ["Link", "how_closed"]
+__all__ = ["Link"]
 
 # While frames are still to be taken by a slow socket, look so often how far it is (seconds).
 _PROGRESS_LOOK = 0.1
 # linux/sockios.h: bytes that were written to a TCP socket and that the other end has not acknowledged (tcp(7)).
 _SIOCOUTQ = 0x5411
-# The close handshake has a timeout of its own; this one is for a socket that does not even take the frame. Who did not
-# answer pings or messages will not answer a close frame either: it gets the frame if it can, and no time.
-_LONGEST_CLOSE, _LONGEST_CLOSE_UNHEARD = 5.0, 0.5
-_UNHEARD = 4408
 
 
 class Link:
@@ -74,6 +71,7 @@ class Link:
         outbox: DrainedOutbox,
         heartbeat: Heartbeat,
         introduction: Callable[[str, int], Introduction],
+        discreet: Callable[[str], str],
         leave_at: float | None,
         events: EventLog,
         on_welcome: Callable[[], None],
@@ -85,6 +83,7 @@ class Link:
         self._outbox = outbox
         self._heartbeat = heartbeat
         self._introduction = introduction
+        self._discreet = discreet
         self._leave_at = leave_at
         self._events = events
         self._on_welcome = on_welcome
@@ -105,6 +104,8 @@ class Link:
         #: Seconds that the server asked the client to stay away.
         self.postponed = 0.0
         self.progressed = False
+        #: When the server welcomed this connection.
+        self.welcomed_at: float | None = None
         #: Set when the connection is over.
         self.ended = asyncio.Event()
 
@@ -112,7 +113,7 @@ class Link:
         """Say hello, drain, and return how it ended; without a welcome by `welcome_by` it is closed with 4408."""
         try:
             stream, last = await self._outbox.introduce()
-            self._delivery.connected(self._wire, self._introduction(stream, last))
+            self._delivery.connected(self._wire, self._introduction(stream, last), self._discreet)
             reader = self._spawn(self._read(), "reader")
             self._spawn(self._send(), "sender")
             return await self._steer(reader, welcome_by)
@@ -190,11 +191,7 @@ class Link:
     async def _end(self, reader: asyncio.Task[None]) -> Closed:
         close = self._close
         if close is not None and not reader.done():
-            try:
-                async with asyncio.timeout(_LONGEST_CLOSE_UNHEARD if close.code == _UNHEARD else _LONGEST_CLOSE):
-                    await self._websocket.close(close.code, close.reason.encode()[:120].decode(errors="ignore"))
-            except TimeoutError:
-                self._websocket.transport.abort()
+            await close_in_time(self._websocket, close.code, close.reason)
         await asyncio.wait({reader})
         self.progressed = self._delivery.progressed
         if self._defect is not None:
@@ -346,6 +343,7 @@ class Link:
                 self._outbox.look_again()
                 self.stored()
 
+        self.welcomed_at = self._now()
         self._outbox.welcomed(action.max_bytes).add_done_callback(returned)
         self._on_welcome()
 
@@ -381,12 +379,3 @@ class Link:
                 self._defect = error
                 self.close(1011, "an internal error")
         self._changed.set()
-
-
-def how_closed(websocket: ClientConnection) -> Closed:
-    """Say how a connection ended that this side did not want to end."""
-    received, sent = websocket.protocol.close_rcvd, websocket.protocol.close_sent
-    if received is not None:
-        return Closed(code=received.code, reason=received.reason, received=True)
-    # What websockets itself found wrong with the other side's frames, such as 1009.
-    return Closed(code=sent.code, reason=sent.reason) if sent else Closed(code=1006, reason="the link was lost")

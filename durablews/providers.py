@@ -14,7 +14,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-__all__ = ["Provided", "Provider", "ProviderFailed"]
+__all__ = ["Provided", "Provider", "ProviderFailed", "raise_if_cancelled"]
 
 #: A value, or a callable that gives it, sync or async.
 Provided = Any
@@ -43,12 +43,16 @@ class Provider:
         name: for people.
         provided: the value or the callable.
         timeout: seconds that the callable may take.
+        read: makes what is needed of the answer, and raises ProviderFailed when that cannot be.
     """
 
-    def __init__(self, name: str, provided: Provided, timeout: float) -> None:
+    def __init__(
+        self, name: str, provided: Provided, timeout: float, read: Callable[[Any], Any] = lambda answer: answer
+    ) -> None:
         self._name = name
         self._provided = provided
         self._timeout = timeout
+        self._read = read
         self._thread: threading.Thread | None = None
 
     @property
@@ -63,18 +67,30 @@ class Provider:
             ProviderFailed: the callable raised, or took too long.
         """
         if not callable(self._provided):
-            return self._provided
+            return self._understood(self._provided)
         try:
             async with asyncio.timeout(self._timeout) as limit:
-                return await self._call(self._provided, arguments)
+                answer = await self._call(self._provided, arguments)
         except ProviderFailed:
             raise
+        except asyncio.CancelledError as exc:
+            raise_if_cancelled(exc)
+            raise ProviderFailed(f"the callable for {self._name} failed: CancelledError", defect=False) from exc
         except TimeoutError as exc:
             late = f"did not answer within {self._timeout:g} s" if limit.expired() else "failed: TimeoutError"
             raise ProviderFailed(f"the callable for {self._name} {late}", defect=False) from exc
-        except Exception as exc:
+        except (Exception, GeneratorExit) as exc:
             what = f"the callable for {self._name} failed: {type(exc).__name__}"
             raise ProviderFailed(what, defect=isinstance(exc, _DEFECTS)) from exc
+        return self._understood(answer)
+
+    def _understood(self, answer: Any) -> Any:
+        try:
+            return self._read(answer)
+        except ProviderFailed:
+            raise
+        except Exception as exc:  # of an object of the application's, such as one without a proper __iter__
+            raise ProviderFailed(f"{self._name} cannot be used: {type(exc).__name__}", defect=True) from exc
 
     async def _call(self, provided: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         # An instance whose __call__ is async is no coroutine function, its class's method is one.
@@ -93,7 +109,9 @@ class Provider:
         future: asyncio.Future[Any] = loop.create_future()
         context = contextvars.copy_context()
 
-        def deliver(result: Any, error: BaseException | None) -> None:
+        def deliver(result: Any, error: Exception | None) -> None:
+            # It has answered, though the thread may not have ended: who hears of it may ask again at once.
+            self._thread = None
             if future.done():
                 return  # who asked has stopped waiting
             if error is None:
@@ -103,19 +121,30 @@ class Provider:
 
         def run() -> None:
             result: Any = None
-            error: BaseException | None = None
+            error: Exception | None = None
             try:
                 result = context.run(provided, *arguments)
             except StopIteration as exc:  # which no future takes
                 error = RuntimeError("StopIteration")
                 error.__cause__ = exc
-            except BaseException as exc:
+            except Exception as exc:
                 error = exc
+            except BaseException as exc:  # the end of a thread of ours is not that of the program, or of a task
+                error = RuntimeError(type(exc).__name__)
+                error.__cause__ = exc
             try:
-                loop.call_soon_threadsafe(deliver, result, error)
+                # Not as arguments: asyncio logs those, in its debug mode, and one may be a token.
+                loop.call_soon_threadsafe(lambda: deliver(result, error))
             except RuntimeError:
                 pass  # the loop is closed, and with it who asked
 
         self._thread = threading.Thread(target=run, name=f"durablews asks for {self._name}", daemon=True)
         self._thread.start()
         return future
+
+
+def raise_if_cancelled(exc: asyncio.CancelledError) -> None:
+    """Raise `exc` again if it is for the task that runs: an application's code may raise one of its own."""
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise exc

@@ -65,6 +65,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
         blocked: what only the owner can mend.
         slow: to be tried again at the longest delay.
         credentials: the server does not accept them.
+        ours: this side ended the connection.
         renewal: this side left, because the connection had reached its age.
     """
 
@@ -77,6 +78,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     blocked: str | None = None
     slow: bool = False
     credentials: bool = False
+    ours: bool = False
     renewal: bool = False
 
 
@@ -137,7 +139,10 @@ class Reconnection:
     def ended(self, outcome: Outcome) -> tuple[Outcome, Pause | None]:
         """Take note of how a try ended; return it as it is to be shown, and what follows: None when it is the end."""
         good = outcome.progressed or outcome.connected_for >= self._config.stable_after
-        self._faults = self._faults + 1 if outcome.code in _SERVER_FAULTS and not good else 0
+        is_fault = outcome.code in _SERVER_FAULTS and not outcome.ours and not good
+        self._faults = self._faults + 1 if is_fault else 0
+        if outcome.connected_for >= self._config.stable_after:
+            self._not_allowed = 0  # they were good for so long: it is not the same trouble again
         self._not_allowed = self._not_allowed + 1 if outcome.credentials else 0
         if self._faults >= _BLOCKED_AFTER:
             blocked = f"the server failed {self._faults} times running ({outcome.reason})"
@@ -155,6 +160,10 @@ class Reconnection:
         return outcome, self._pause(outcome, good)
 
     def _pause(self, outcome: Outcome, good: bool) -> Pause:
+        if outcome.credentials and outcome.at_least and self._not_allowed == 1:
+            # The next try asks the providers in any case.
+            delay = max(outcome.at_least, self._backoff.next_delay())
+            return Pause(attempt=self.failures, delay=delay, firm=True)
         if outcome.credentials:
             # At once, then after 1, 2, 4 ... of the longest delays: a provider that makes a new token each time it is
             # asked must not turn this wait into a quick one.
@@ -164,8 +173,8 @@ class Reconnection:
             return Pause(
                 attempt=self.failures,
                 delay=delay,
-                firm=True,
-                ask_first=self._not_allowed == 1 and not outcome.at_least,
+                firm=outcome.at_least > 0,
+                ask_first=self._not_allowed == 1,
                 ask_every=None if outcome.at_least else every,
             )
         if outcome.slow:
@@ -202,6 +211,7 @@ def closed_outcome(closed: Closed, *, progressed: bool, connected_for: float, as
         blocked=f"the server does not allow this client ({reason})" if not_allowed else None,
         slow=closed.code == _SLOW_DOWN,
         credentials=not_allowed,
+        ours=closed.leaving,
         renewal=renewal,
     )
 
@@ -223,12 +233,16 @@ def refused_outcome(shown: str, status: int, headers: Mapping[str, str]) -> Outc
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Return the seconds of a Retry-After (RFC 9110, section 10.2.3), at most an hour; 0 when there is none."""
-    text = headers.get("Retry-After", "").strip()
+    try:
+        # Two of a name, as a proxy may make of one, are a LookupError of websockets' own.
+        text = headers["Retry-After"].strip()
+    except LookupError:
+        return 0.0
     if text.isascii() and text.isdecimal():
         return min(float(text), LONGEST_RETRY)
     try:
         at = parsedate_to_datetime(text)
         now = parsedate_to_datetime(headers["Date"])  # the server's clock, for the machine's may be off
         return min(max(0.0, (at - now).total_seconds()), LONGEST_RETRY)
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return 0.0

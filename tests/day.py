@@ -1,7 +1,7 @@
 """The client of `test_day`: every pure part, and their shells without asyncio, in simulated time.
 
 Nothing in here sleeps or asks a clock: an `Agenda` holds what happens next. `Link` and `Manager` wire the pure parts
-together as `durablews.link` and `durablews.manager` do: the same steps in the same order, under the same names. Whoever
+together as `durablews.link`, `attempt` and `manager` do: the same steps in the same order, under the same names. Whoever
 changes those changes these. What happens is told to `note`, which keeps the trace and judges it.
 """
 
@@ -213,6 +213,7 @@ class Link:
         self._ending = False
         self._handed = self._taken = self._before_ping = self._seen_handed = self._seen_queued = 0
         self._moved_at = self.postponed = 0.0
+        self.welcomed_at: float | None = None
         socket.link = self
 
     def run(self) -> None:
@@ -308,6 +309,7 @@ class Link:
             if sent is not None:
                 self._note("sent", sent, self._handed)
             self._socket.send(frame)
+            self._report_taken(self._machine.now)
         self._carry_out()
 
     def _report_taken(self, now: float) -> None:
@@ -345,6 +347,7 @@ class Link:
             elif isinstance(action, asked.Close):
                 self._close = self._close or action
             elif isinstance(action, asked.Welcomed):
+                self.welcomed_at = self._machine.now
                 self._manager.welcomed()
                 self._manager.job(self.stored)
             else:
@@ -364,7 +367,7 @@ class Link:
 
 
 class Manager:
-    """`durablews.manager.ConnectionManager`: dials, runs the link, waits, dials again."""
+    """`durablews.manager.ConnectionManager` and its `Attempts`: dials, runs the link, waits, dials again."""
 
     def __init__(
         self,
@@ -389,12 +392,16 @@ class Manager:
         self._token, self._dial = token, dial
         self._target, self._next_target = "", ""
         self._attempts = 0
-        self._started = self._welcome_by = self._looked = 0.0
+        self._welcome_by = self._looked = 0.0
         self._wake = self._firm = self._woken_firmly = False
 
     def run(self) -> None:
         self._reconnection.restart()
         self._attempt(LinkEvent.START)
+
+    def stored(self) -> None:
+        if self.link is not None:
+            self.link.stored()
 
     def job(self, call: Call) -> None:
         """Let the outbox's thread do something."""
@@ -431,7 +438,7 @@ class Manager:
         elif not current:
             answer.abort()
         else:
-            self._started = now = self.machine.now
+            now = self.machine.now
             self.note("open")
             self.heartbeat.begin(now)
             leave_at = self._reconnection.leave_at(now)
@@ -446,8 +453,9 @@ class Manager:
     def closed(self, closed: Closed) -> None:
         link, self.link = self.link, None
         assert link is not None
-        progressed, lasted = self.delivery.progressed, self.machine.now - self._started
-        self.delivery.disconnected(closed, self.machine.now)
+        now, progressed = self.machine.now, self.delivery.progressed
+        lasted = 0.0 if link.welcomed_at is None else now - link.welcomed_at
+        self.delivery.disconnected(closed, now)
         for action in self.delivery.actions():
             self.mark(action)
         self.note("closed", closed.code, closed.reason)
@@ -487,7 +495,7 @@ class Manager:
         self._firm = pause.firm
         if pause.firm and not self._woken_firmly:
             self._wake = False
-        if pause.ask_first and self._has_other_credentials():
+        if pause.ask_every is not None and pause.ask_first and self._has_other_credentials():
             self._retry()
             return
         self.note("pause", pause.delay, pause.firm)

@@ -63,7 +63,7 @@ async def test_drop_oldest_takes_what_was_only_read_ahead(tmp_path: Path) -> Non
     ):
         await ws.send_many(range(100))
         await server.asked.wait()
-        await until(lambda: ws._manager._delivery._backlog.waiting)  # type: ignore[union-attr]
+        await until(lambda: ws._manager._attempts.delivery._backlog.waiting)  # type: ignore[union-attr]
         for number in range(100, 120):
             await ws.send(number)
         counts = await ws.stats()

@@ -578,7 +578,7 @@ async def test_a_stuck_server_does_not_hold_up_close(tmp_path: Path) -> None:
         await ws.wait_closed()
 
     def full(ws: Client) -> bool:
-        link = ws._manager._link if ws._manager is not None else None
+        link = ws._manager._attempts.link if ws._manager is not None else None
         return link is not None and link._websocket.transport.get_write_buffer_size() > 1_000_000
 
     async with PlainServer(stuck) as server:

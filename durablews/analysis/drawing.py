@@ -41,7 +41,7 @@ class _Axes(NamedTuple):
         main, *others = courses.values()
         whole = len(main.attempts)
         enough = max(2 * whole, math.ceil(2 * main.outage.seconds))
-        end = max(whole, *(min(len(course.attempts), enough) for course in others), 10)
+        end = max(whole, *(min(len(course.attempts), enough) for course in others), int(main.outage.seconds) + 1, 10)
         top = max(main.outage.accept_rate, *(max(course.attempts, default=0) for course in courses.values()))
         return cls(end, top, main.outage.accept_rate, main.outage.seconds)
 
@@ -134,7 +134,7 @@ def _chart(
             else:
                 cells.append((block, styles[column]))
         label = f"{labels[row]:,} ┤" if row in labels else "│"
-        yield (paint(label.rjust(gutter), "dim") + _painted(cells, paint)).rstrip()
+        yield paint(label.rjust(gutter), "dim") + _painted(cells, paint)
     axis = "─" * back + "▲" + "─" * (grid.columns - back - 1)
     yield paint("0 └".rjust(gutter) + axis, "dim")
     yield paint(_time_labels(axes, grid, gutter), "dim")
@@ -153,7 +153,8 @@ def _labels(axes: _Axes, rows: int) -> dict[int, int]:
 
 
 def _painted(cells: Sequence[tuple[str, str]], paint: Callable[..., str]) -> str:
-    runs = groupby(cells, key=lambda cell: cell[1])
+    used = len("".join(block for block, _ in cells).rstrip())
+    runs = groupby(cells[:used], key=lambda cell: cell[1])
     texts = ((style, "".join(block for block, _ in run)) for style, run in runs)
     return "".join(text if text.isspace() else paint(text, style) for style, text in texts)
 
@@ -253,8 +254,8 @@ def svg(courses: Mapping[str, Course]) -> str:
         f' role="img" font-family="{_FONTS}">',
         f"<title>Tries to connect in a second</title><desc>{subject}</desc>",
         f'<rect width="{_WIDE}" height="{high}" rx="8" fill="#ffffff"/>',
-        _text(20, 30, subject, size=15, weight=600),
-        *_legend(),
+        _text(20, 30, subject, size=15 if len(subject) <= 96 else 13, weight=600),
+        *_legend(axes),
     ]
     for number, (name, course) in enumerate(courses.items()):
         parts += _panel(name, course, axes, _HEAD + number * _PANEL)
@@ -269,15 +270,17 @@ def _text(
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}"{bold}{anchor}>{escaped}</text>'
 
 
-def _legend() -> Iterator[str]:
-    yield _text(20, 56, "Tries in a second, on a logarithmic scale:", fill=_SOFT)
-    x = 296
-    for fill, what in ((_AWAY, "server away"), (_REFUSED, "refused"), (_ACCEPTED, "accepted")):
+def _legend(axes: _Axes) -> Iterator[str]:
+    each = math.ceil(axes.end / _FINEST)
+    what = "Tries in a second" if each == 1 else f"Tries in a second, the worst of each {each:,} s"
+    yield _text(20, 56, f"{what}; the scale is logarithmic", fill=_SOFT)
+    x = 480
+    for fill, meaning in ((_AWAY, "server away"), (_REFUSED, "refused"), (_ACCEPTED, "accepted")):
         yield f'<rect x="{x}" y="46" width="12" height="12" fill="{fill}"/>'
-        yield _text(x + 18, 56, what, fill=_SOFT)
-        x += 34 + 8 * len(what)
+        yield _text(x + 18, 56, meaning, fill=_SOFT)
+        x += 34 + 8 * len(meaning)
     yield _line(x, 52, x + 24, 52, _INK, ' stroke-dasharray="5 3"')
-    yield _text(x + 30, 56, "what the server accepts in a second", fill=_SOFT)
+    yield _text(x + 30, 56, "accept rate", fill=_SOFT)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, more: str = "") -> str:
@@ -342,7 +345,8 @@ def _area(figures: Sequence[int], begin: int, axes: _Axes, floor: float, fill: s
 
 
 def _in_words(course: Course) -> str:
-    half, most, every = (_back(course.back_after(share)) for share in _SHARES)
-    words = f"peak {course.peak:,} a second; 50 % back after {half}, 95 % after {most}, 100 % after {every}"
+    after = [_back(course.back_after(share)) for share in _SHARES]
+    half, most, every = (word if word == "never" else f"after {word}" for word in after)
+    words = f"peak {course.peak:,} a second; back: 50 % {half}, 95 % {most}, 100 % {every}"
     words += f"; {course.attempts_a_device:,.1f} tries a device"
     return words + (f"; {course.given_up:,} gave up" if course.given_up else "")

@@ -163,7 +163,7 @@ class _Play:
         backoff, seconds, attempts, most = self._backoff, self._outage.seconds, self.attempts, self._most
         next_delay = backoff.next_delay
         backoff.attempt = 0
-        at = max(0.0, first())
+        at = max(first(), 0.0)
         # Whatever drew the wait, this is the first try; from here on the backoff counts for itself.
         backoff.attempt = 1
         for attempt in range(1, most + 1):

@@ -16,8 +16,8 @@ from durablews.analysis.rules.catalogue import RULES, selected
 from durablews.analysis.rules.form import UNUSABLE
 from durablews.analysis.subject import Circumstances, Subject
 from durablews.analysis.surroundings import Surroundings, ThisMachine
-from durablews.config import Settings, merge, parse_duration, parse_size
-from durablews.configfile import ConfigFile, read_config
+from durablews.config import Settings, did_you_mean, merge, parse_duration, parse_size
+from durablews.configfile import REFERENCE_NAMES, ConfigFile, read_config
 from durablews.errors import ConfigError
 from durablews.places import Path
 
@@ -164,9 +164,11 @@ def _given(settings: Struct) -> dict[str, Any]:
 
 
 def _in_the_files_words(subject: Subject, path: Path, message: str) -> str:
+    """Say why a value cannot be used with the names that the file has, and no others."""
+    if subject.file.is_reference and len(path) == 1 and path[0] not in Settings.__struct_fields__:
+        return f"{path[0]} is not a setting{did_you_mean(path[0], REFERENCE_NAMES)}"
     ours = ".".join(path)
-    name = subject.name(*path)
-    return message if name == ours else message.replace(ours, name, 1)
+    return message.replace(ours, subject.name(*path), 1)
 
 
 def _ignored_in_file(subject: Subject, rule: Rule, problem: Problem) -> bool:

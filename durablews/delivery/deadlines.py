@@ -7,13 +7,21 @@ from collections.abc import Iterable
 from durablews.delivery.actions import Close
 from durablews.delivery.lane import Lane
 
-__all__ = ["RENEWAL", "Deadlines"]
+__all__ = ["LONGEST_RETRY", "RENEWAL", "Deadlines", "retry_delay"]
 
 # C5: paused by a window of 0 for so long; bye: the server has not closed after so long.
 _LONGEST_PAUSE, _LONGEST_BYE = 300.0, 10.0
 
+# "A client waits at least 100 ms and at most 1 h", and 5 s when nothing is said (PROTOCOL.md section 2).
+_SHORTEST_RETRY, LONGEST_RETRY, _USUAL_RETRY = 0.1, 3600.0, 5.0
+
 #: The reason with which a connection is left that has reached `max_connection_age`.
 RENEWAL = "renewing the connection"
+
+
+def retry_delay(asked: float | None) -> float:
+    """Return the seconds that a nack holds its priority back; `asked` is what the server said."""
+    return min(max(_USUAL_RETRY if asked is None else asked, _SHORTEST_RETRY), LONGEST_RETRY)
 
 
 class Deadlines:

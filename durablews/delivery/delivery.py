@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from durablews.config import DeliveryConfig
 from durablews.delivery.actions import (
@@ -22,7 +22,7 @@ from durablews.delivery.actions import (
     Welcomed,
 )
 from durablews.delivery.backlog import BATCH_BYTES, BATCH_MESSAGES, Backlog
-from durablews.delivery.deadlines import Deadlines
+from durablews.delivery.deadlines import LONGEST_RETRY, Deadlines, retry_delay
 from durablews.delivery.lane import Lane, Transmission, run_of
 from durablews.delivery.pacing import Pacing
 from durablews.delivery.sizing import Sizing, too_large
@@ -46,9 +46,8 @@ from durablews.wire.dialect import (
 
 __all__ = ["Delivery"]
 
-# "A client waits at least 100 ms and at most 1 h" (PROTOCOL.md section 2).
-_SHORTEST_RETRY, _LONGEST_RETRY = 0.1, 3600.0
-_DEFAULT_RETRY = 5.0
+# So many frames of the dialect's own may wait for a socket that takes none: memory is bounded (P6).
+_MOST_REPLIES = 100
 
 
 class Delivery:
@@ -80,12 +79,15 @@ class Delivery:
         self._sizing.begin()
         self._transit.begin()
         self._wire: Wire | None = None
+        self._discreet: Callable[[str], str] = str
         self._frames: list[bytes] = []
         self._ready = self._closing = self._rewound = False
         self._deadlines = Deadlines(self._config.ack_timeout)
         self._window = 0
         self._max_bytes: int | None = None
         self._astray = 0
+        #: Whether nothing but `rate_limit` kept messages back when `frame_to_send` looked last.
+        self._is_paced = False
         #: Whether this connection brought an ack.
         self.progressed = False
         #: The run of the frame that `frame_to_send` gave last; None when it held no messages.
@@ -108,10 +110,14 @@ class Delivery:
         """Whether nothing that was read waits to be sent or answered, and nothing is left to be read."""
         return self._ready and self._backlog.idle
 
-    def connected(self, wire: Wire, introduction: Introduction) -> None:
-        """Begin a connection: the dialect's first frames go out, messages wait for its welcome."""
+    def connected(self, wire: Wire, introduction: Introduction, discreet: Callable[[str], str] = str) -> None:
+        """Begin a connection: the dialect's first frames go out, messages wait for its welcome.
+
+        `discreet` takes out of the server's words what must be written nowhere, such as the token that it was shown.
+        """
         self._reset()
         self._wire = wire
+        self._discreet = discreet
         self._frames.extend(wire.open(introduction))
 
     def introduce(self, introduction: Introduction) -> None:
@@ -190,6 +196,8 @@ class Delivery:
             self._nacked(answer, now)
         elif isinstance(answer, Reply):
             self._frames.append(answer.frame)
+            if len(self._frames) > _MOST_REPLIES:
+                self._close(4408, "the server asks and asks, and does not read the answers")
         elif isinstance(answer, Pushed):
             self._actions.append(Deliver(answer.payload))
         elif isinstance(answer, Ponged):
@@ -200,7 +208,7 @@ class Delivery:
             self._welcomed(answer)
         elif isinstance(answer, Farewell):
             self._deadlines.bye(now)
-            self._actions.append(Postpone(min(answer.retry, _LONGEST_RETRY)))
+            self._actions.append(Postpone(min(answer.retry, LONGEST_RETRY)))
 
     def _welcomed(self, answer: Ready) -> None:
         if self._ready:
@@ -221,7 +229,7 @@ class Delivery:
     def _acked(self, answer: Acked, now: float) -> None:
         lane = self._backlog.lanes.get(answer.priority)
         oldest = lane.flight[0] if lane and lane.flight else None
-        # Not from the last byte that was taken, as the deadline is counted: a proxy may have taken it, and keep it.
+        # Not from the last byte taken, as the deadline is counted: a proxy may have taken it, and keep it.
         waited = now - max(lane.last_ack, oldest.sent_at) if lane and oldest else 0.0
         if oldest is not None and answer.seq >= oldest.entries[0].seq:
             self.taken(oldest.end, now)
@@ -249,16 +257,15 @@ class Delivery:
         self._backlog.landed(run)
         self._suspicion.answered(first.priority, first.seq)
         self._actions.append(TakeBack(run))
+        code, said = self._discreet(answer.code), answer.reason and self._discreet(answer.reason)
         if answer.final:
-            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, answer.reason), nacked=True))
+            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(code, said), nacked=True))
             return
-        delay = _DEFAULT_RETRY if answer.retry is None else answer.retry
-        until = now + min(max(delay, _SHORTEST_RETRY), _LONGEST_RETRY)
+        until = now + retry_delay(answer.retry)
         attempts = first.nacks + 1
         if self._config.max_attempts is not None and attempts >= self._config.max_attempts:
-            said = f": {answer.reason}" if answer.reason else ""
-            reason = f"the server asked {attempts} times to try again{said}"
-            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(answer.code, reason), nacked=True))
+            reason = f"the server asked {attempts} times to try again{f': {said}' if said else ''}"
+            self._pass_over(lane, Refuse(lane.priority, first.seq, Refusal(code, reason), nacked=True))
         elif self._config.on_retry == "requeue":
             self._pass_over(lane, Requeue(lane.priority, first.seq))
         else:
@@ -315,6 +322,7 @@ class Delivery:
         return frame
 
     def _next_messages(self, now: float) -> bytes | None:
+        self._is_paced = False
         while self._sending() and self._wire is not None and not self._transit.is_full:
             lane = self._backlog.next_lane(now)
             batch = self._batch(lane, now) if lane else []
@@ -346,14 +354,13 @@ class Delivery:
         if self._max_bytes is not None:
             frame_room = min(frame_room, self._max_bytes)
         room = self._sizing.scaled(self._config.window_bytes) - self._backlog.bytes
-        most = self._pacing.allowed(now, min(most, len(lane.ready)))
-        return self._backlog.batch(lane, now, most=most, room=room, frame_room=frame_room)
+        most = min(most, len(lane.ready))
+        allowed = self._pacing.allowed(now, most)
+        self._is_paced = allowed < 1 <= most
+        return self._backlog.batch(lane, now, most=allowed, room=room, frame_room=frame_room)
 
     def taken(self, total: int, now: float) -> None:
-        """Take note that the socket, or better the other end, has taken `total` bytes of this connection's frames (C9).
-
-        More may be sent then.
-        """
+        """Take note that the other end, or at least the socket, has taken `total` bytes (C9). More may be sent then."""
         self._transit.take(total, now)
 
     @property
@@ -370,7 +377,7 @@ class Delivery:
         times = self._backlog.hold_timers()
         self._deadlines.pausing(now, self._is_pausing())
         times.extend(self._deadlines.timers(self._backlog.lanes.values()))
-        paced = self._pacing.next_at()
+        paced = self._pacing.next_at() if self._is_paced else None
         if paced is not None and self._sending() and self._backlog.waiting:
             times.append(paced)
         return max(now, min(times)) if times else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from durablews.analysis.findings import Rule
 from durablews.analysis.rules import delivery, form, heartbeat, recommended, reconnection, security, storage
+from durablews.config import did_you_mean
 from durablews.errors import ConfigError
 
 __all__ = ["RULES", "rule_named", "selected"]
@@ -25,9 +25,8 @@ def rule_named(code: str) -> Rule:
     try:
         return RULES[code.strip().upper()]
     except KeyError:
-        close = difflib.get_close_matches(code.strip().upper(), RULES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"there is no rule {code!r}{hint} `durablews check --list-rules` lists them") from None
+        hint = did_you_mean(code.strip().upper(), RULES)
+        raise ConfigError(f"there is no rule {code!r}{hint}; `durablews check --list-rules` lists them") from None
 
 
 def selected(codes: Iterable[str]) -> frozenset[str]:

@@ -25,7 +25,8 @@ def _delays(subject: Subject) -> Iterator[Problem]:
             value = subject.rejected[path].value
             least = "1 or more" if name == "factor" else "above 0"
             if isinstance(value, int | float) and not isinstance(value, bool):
-                yield Problem(path, f"{subject.name(*path)} {value:g} must be {least}")
+                shown = f"{value:g}" if name == "factor" else span(value)
+                yield Problem(path, f"{subject.name(*path)} {shown} must be {least}")
     if reconnect.base_delay >= reconnect.max_delay and not {("reconnect", "base_delay"), ("reconnect", "max_delay")} & (
         subject.rejected.keys()
     ):
