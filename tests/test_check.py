@@ -271,7 +271,7 @@ def test_the_sums_of_a_load_are_printed(check: Check) -> None:
     sums = json.loads(check(GOOD, *known, "--format", "json")[1])["sums"]
     assert sums["backlog"] == 518_400
     assert sums["first_loss"] is None
-    assert "backlog" not in check(GOOD)[1]
+    assert "heartbeats" not in check(GOOD)[1]
 
 
 def test_a_fleet_is_drawn_and_plotted(check: Check) -> None:
@@ -290,6 +290,14 @@ def test_a_fleet_is_drawn_and_plotted(check: Check) -> None:
     assert once == again
     assert once["back_after"]["100%"] > 0
     assert once["attempts_a_device"] != other["attempts_a_device"]
+
+
+def test_the_picture_in_the_documentation_is_what_the_command_draws(check: Check) -> None:
+    """The README shows the fleet of its own command, with the defaults, and not another one's."""
+    flags = ("--fleet", "10000", "--accept-rate", "500/s", "--outage", "60s", "--plot", "fleet.svg")
+    assert check(GOOD, *flags)[0] == 0
+    drawn = Path(durablews.__file__).parent / "docs" / "fleet.svg"
+    assert Path("fleet.svg").read_text(encoding="utf-8") == drawn.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals")
