@@ -132,10 +132,12 @@ def priority_number(priority: int | str) -> int:
     Raises:
         PayloadError: neither one of these names nor an integer from -100 to 100.
     """
-    if priority in _PRIORITY_RANGE and not isinstance(priority, bool | float):
+    # Names first: a text is looked for in a range number by number, which costs ten times as much as all the rest.
+    if isinstance(priority, str):
+        if priority in PRIORITIES:
+            return PRIORITIES[priority]
+    elif priority in _PRIORITY_RANGE and not isinstance(priority, bool | float):
         return int(priority)
-    if isinstance(priority, str) and priority in PRIORITIES:
-        return PRIORITIES[priority]
     raise PayloadError(f"priority must be low, normal, high or an integer from -100 to 100, not {priority!r}")
 
 

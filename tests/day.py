@@ -1,8 +1,8 @@
 """The client of `test_day`: every pure part, and their shells without asyncio, in simulated time.
 
 Nothing in here sleeps or asks a clock: an `Agenda` holds what happens next. `Link` and `Manager` wire the pure parts
-together as `durablews.link`, `attempt` and `manager` do: the same steps in the same order, under the same names. Whoever
-changes those changes these. What happens is told to `note`, which keeps the trace and judges it.
+together as `durablews.link`, `attempt` and `manager` do: the same steps in the same order, under the same names.
+Whoever changes those changes these. What happens is told to `note`, which keeps the trace and judges it.
 """
 
 from __future__ import annotations
