@@ -20,6 +20,7 @@ from durablews.lifecycle import State
 from durablews.manager import ConnectionManager
 from durablews.messages import decode_payload
 from durablews.outbox import Counts, Receipt
+from durablews.process import same_process, this_process
 from durablews.providers import Provided
 from durablews.wire.native import dialect_named
 
@@ -141,7 +142,7 @@ class Client:
         self._pushed = asyncio.Event()
         self._closed = False
         self._stopping: asyncio.Task[None] | None = None
-        self._pid = os.getpid()
+        self._process = this_process()
 
     async def __aenter__(self) -> Client:
         if self._manager is not None:
@@ -287,7 +288,7 @@ class Client:
 
     async def close(self, *, drain: bool = True) -> None:
         """Wait up to `drain_timeout` for the outbox to empty, leave the rest on disk, and stop. Safe to call twice."""
-        if self._manager is None or self._running is None or os.getpid() != self._pid:
+        if self._manager is None or self._running is None or not same_process(self._process):
             return  # not open; or in a forked child, which must not touch its parent's connections
         try:
             wanted = drain and not self._closed and not self._running.done()

@@ -18,6 +18,7 @@ from durablews.errors import OutboxInUse, StorageFailed
 from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
+from durablews.process import same_process
 from durablews.work import SETTLE_MESSAGES
 
 __all__ = ["DrainedOutbox", "LinkNote", "Page", "exposure"]
@@ -109,7 +110,7 @@ class DrainedOutbox(Outbox):
 
     async def close(self) -> None:
         """Finish what was handed over, close the file, give the right to drain back."""
-        if not self._opened or os.getpid() != self._pid:
+        if not self._opened or not same_process(self._process):
             return
         try:
             await super().close()

@@ -23,6 +23,7 @@ from durablews.clock import Clock, SystemClock
 from durablews.config import CapsConfig, read_settings
 from durablews.errors import Dropped, Expired, OutboxClosed, Rejected, Undelivered
 from durablews.messages import Refusal, Run, draft
+from durablews.process import same_process, this_process
 from durablews.storage import Storage
 
 __all__ = ["Counts", "Outbox", "Receipt", "read_counts"]
@@ -122,7 +123,7 @@ class Outbox:
         self.clock: Clock = clock or SystemClock()
         self.stream = ""
         self._caps = read_settings(caps, CapsConfig, "caps").explicit()
-        self._pid = os.getpid()
+        self._process = this_process()
         self._opened = False
         self.storage = Storage(self.path, durability=durability, drainer=self._drains, clock=self.clock)
         self.storage.on_settled = self.look_again
@@ -159,7 +160,7 @@ class Outbox:
 
     async def close(self) -> None:
         """Finish what was handed over and close the file. Safe to call twice."""
-        if not self._opened or os.getpid() != self._pid:
+        if not self._opened or not same_process(self._process):
             return  # a forked child must not touch its parent's connection (sqlite.org, "How to corrupt", 2.6)
         await self.storage.close()
         for news in self._waiting:
@@ -267,7 +268,7 @@ class Outbox:
             tidied.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if not same_process(self._process):
             raise OutboxClosed(self.path, "this outbox was opened before a fork; open it again in the child")
 
 

@@ -23,7 +23,7 @@ from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFu
 from durablews.jobs import run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
-from durablews.work import SETTLE_DELAY, Work, resolve
+from durablews.work import SETTLE_DELAY, Work, resolve, resolve_all
 
 __all__ = ["Storage"]
 
@@ -88,6 +88,7 @@ class Storage:
         except BaseException:
             await self._stop()
             raise
+        self._loop = asyncio.get_running_loop()
         self._writer = asyncio.create_task(self._write_loop(), name=f"durablews writer {self.path}")
         return result
 
@@ -112,7 +113,10 @@ class Storage:
 
     def enqueue(self, drafts: Sequence[Draft]) -> asyncio.Future[list[int | Gap]]:
         """Store messages in the next transaction; the future gives their sequences once it is committed."""
-        future = self._future()
+        # Written out, for every message passes here: see `_future`.
+        if self._closing or self._writer is None or self._writer.done():
+            raise OutboxClosed(self.path, "the outbox is closed")
+        future: asyncio.Future[list[int | Gap]] = self._loop.create_future()
         self._next.requests.append((drafts, future))
         self._wake.set()
         return future
@@ -167,7 +171,7 @@ class Storage:
     def _future(self) -> asyncio.Future[Any]:
         if self._closing or self._writer is None or self._writer.done():
             raise OutboxClosed(self.path, "the outbox is closed")
-        return asyncio.get_running_loop().create_future()
+        return self._loop.create_future()
 
     async def _write_loop(self) -> None:
         delay = _RETRY_DELAYS[0]
@@ -243,15 +247,13 @@ class Storage:
         except BaseException:
             self._next.put_back(work, requests=True)
             raise
-        stored = False
-        full = [isinstance(result, OutboxFull) and result.droppable for result in results]
-        again = any(full) and self.unread()
-        if again:  # there is something now that may be dropped for them
-            self._next.requests[:0] = [request for request, is_full in zip(work.requests, full, strict=True) if is_full]
-        for (_, future), result, is_full in zip(work.requests, results, full, strict=True):
-            if not (again and is_full):
-                stored = stored or not isinstance(result, Exception)
-                resolve(future, result)
+        requests = work.requests
+        full = {n for n, result in enumerate(results) if isinstance(result, OutboxFull) and result.droppable}
+        if full and self.unread():  # there is something now that may be dropped for them
+            self._next.requests[:0] = [requests[n] for n in sorted(full)]
+            requests = [request for n, request in enumerate(requests) if n not in full]
+            results = [result for n, result in enumerate(results) if n not in full]
+        stored = resolve_all(requests, results)
         if error is None:
             if work.runs:
                 self.on_settled(work.runs)

@@ -10,7 +10,7 @@ from typing import Any
 from durablews.entries import Gap
 from durablews.messages import Draft, Run
 
-__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve"]
+__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve", "resolve_all"]
 
 # Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
 _LARGEST_TRANSACTION = 4000
@@ -81,6 +81,21 @@ class Work:
             resolve(future, error)
             if not future.cancelled():
                 future.exception()  # looked at: most of them are nobody's to wait for
+
+
+def resolve_all(
+    requests: Sequence[tuple[Sequence[Draft], asyncio.Future[Any]]], results: Sequence[list[int | Gap] | Exception]
+) -> bool:
+    """Give each caller what became of its request; return whether anything was stored."""
+    stored = False
+    for (_, future), result in zip(requests, results, strict=True):
+        if type(result) is list:
+            stored = True
+            if not future.done():  # or its caller was cancelled, and cannot know
+                future.set_result(result)
+        else:
+            resolve(future, result)
+    return stored
 
 
 def resolve(future: asyncio.Future[Any], outcome: Any) -> None:

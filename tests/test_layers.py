@@ -50,6 +50,7 @@ HOUSE: dict[str, Room] = {
     "backoff": Room(0),
     "clock": Room(0, "time uuid"),
     "netlink": Room(0),
+    "process": Room(0, "system"),
     "lifecycle": Room(1),
     "messages": Room(1, "msgspec"),
     "config": Room(1, "msgspec"),
