@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from websockets.exceptions import ConnectionClosed
 
 from durablews import __version__
+from durablews.addresses import redacted
 from durablews.closing import close_in_time, how_closed
 from durablews.config import Settings
 from durablews.delivery.actions import MarkUnanswered, Refuse, RenewStream, Requeue, SetAside, TakeBack
@@ -19,7 +20,7 @@ from durablews.delivery.delivery import Delivery
 from durablews.delivery.suspicion import Closed
 from durablews.dialling import DialFailed, dial, server_date
 from durablews.draining import DrainedOutbox
-from durablews.endpoint import Target, redacted
+from durablews.endpoint import Target
 from durablews.errors import OutboxError, ProtocolError
 from durablews.events import Disconnected, EventLog, Failed, MessageRejected
 from durablews.heartbeat import Heartbeat

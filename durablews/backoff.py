@@ -54,12 +54,16 @@ class Backoff:
         self.attempt = 1
         return self.first_delay * self._random()
 
+    def window(self, attempt: int) -> float:
+        """Return the seconds that the wait before this try is drawn from; 0 is the first."""
+        try:
+            return min(self.base_delay * float(self.factor) ** attempt, self.max_delay)
+        except OverflowError:  # from 2.0 ** 1024 on
+            return self.max_delay
+
     def next_delay(self) -> float:
         """Return the seconds to wait before the next try, and count it."""
-        try:
-            window = min(self.base_delay * float(self.factor) ** self.attempt, self.max_delay)
-        except OverflowError:  # from 2.0 ** 1024 on
-            window = self.max_delay
+        window = self.window(self.attempt)
         self.attempt += 1
         if self.jitter == "full":
             return window * self._random()

@@ -80,7 +80,8 @@ def read_config(path: str) -> ConfigFile:
     """
     data = _bytes(path)
     # By its name; without one that tells, by its first character.
-    is_json = path.lower().endswith(".json") or (not path.lower().endswith(".toml") and data.lstrip().startswith(b"{"))
+    begins = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_json = path.lower().endswith(".json") or (not path.lower().endswith(".toml") and begins.startswith(b"{"))
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as exc:
@@ -97,7 +98,7 @@ def read_config(path: str) -> ConfigFile:
     is_reference = any(name in document for name in REFERENCE_NAMES if name != "url")
     spelled: dict[Path, str] = {}
     if is_reference:
-        document, places, spelled = _translated(document, places)
+        document, places, spelled = _translated(path, document, places)
     return ConfigFile(
         path=path, settings=document, places=places, spelled=spelled, ignored=ignored, is_reference=is_reference
     )
@@ -160,7 +161,7 @@ def _table_of_project(
 
 
 def _translated(
-    document: Mapping[str, Any], places: Mapping[Path, Place]
+    file: str, document: Mapping[str, Any], places: Mapping[Path, Place]
 ) -> tuple[dict[str, Any], dict[Path, Place], dict[Path, str]]:
     """Put what the other client's names say under the names of `Settings`; leave what it does not know as it is."""
     settings: dict[str, Any] = {}
@@ -170,8 +171,12 @@ def _translated(
     def put(name: str, path: Path, value: Any) -> None:
         table = settings
         for step in path[:-1]:
-            inner = table.get(step)
-            table[step] = table = dict(inner) if isinstance(inner, dict) else {}
+            inner = table.get(step, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{file}: {step} must be a table of settings, not {_kind(inner)}")
+            table[step] = table = dict(inner)
+        if path[-1] in table and len(path) > 1 and path not in spelled:
+            raise ConfigError(f"{file}: {name} and {'.'.join(path)} are the same setting; keep one of them")
         table[path[-1]] = value
         spelled[path] = name
         if (name,) in places:
@@ -183,10 +188,21 @@ def _translated(
             moved.update({path: place for path, place in places.items() if path[0] == name})
     for name, (path, unit) in REFERENCE.items():
         if name in document:
-            value = document[name]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            put(name, path, value / unit if unit and is_number else value)
-    if document.get(_AUTOMATIC, True) is not True:
-        # It is a switch there; here a link that is not to be made anew is one without retries.
-        put(_AUTOMATIC, _RETRIES, 0 if document[_AUTOMATIC] is False else document[_AUTOMATIC])
+            put(name, path, _in_units(document[name], unit))
+    switch = document.get(_AUTOMATIC, True)
+    if switch is False:  # here a link that is not to be made anew is one without retries
+        put(_AUTOMATIC, _RETRIES, 0)
+    elif switch is not True:
+        settings[_AUTOMATIC] = switch  # no setting of ours: a finding
+        moved[(_AUTOMATIC,)] = places.get((_AUTOMATIC,), Place(1, 1))
     return settings, moved, spelled
+
+
+def _in_units(value: Any, unit: int) -> Any:
+    """Return milliseconds as seconds; what is no number, or one that no float can hold, as it is."""
+    if not unit or not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    try:
+        return value / unit
+    except OverflowError:
+        return value

@@ -15,8 +15,9 @@ from websockets.proxy import get_proxy, parse_proxy
 from websockets.uri import parse_uri
 
 from durablews import __version__
+from durablews.addresses import redacted
 from durablews.config import Settings
-from durablews.endpoint import Target, redacted
+from durablews.endpoint import Target
 from durablews.failures import Way, failed_outcome, timed_out, unusable
 from durablews.reconnection import Outcome, refused_outcome
 from durablews.trust import FilesUnusable, tls_context

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from msgspec import Struct
 
+from durablews.addresses import redacted, url_fault, without_user
 from durablews.config import Settings
 from durablews.errors import ConfigError
 from durablews.providers import Provided, Provider, ProviderFailed
 
-__all__ = ["Endpoint", "Target", "check_url", "redacted"]
+__all__ = ["Endpoint", "Target", "check_url"]
 
 # What is shorter may be a word that the server means: "no" is no secret.
 _SHORTEST_SECRET = 6
@@ -72,14 +73,8 @@ class Endpoint:
         token: str = await self._token.ask()
         if token:
             together["Authorization"] = f"Bearer {token}"
-            url = _without_user(url)  # websockets would send its user and password as a second Authorization
+            url = without_user(url)  # websockets would send its user and password as a second Authorization
         return Target(url=url, headers=together)
-
-
-def redacted(url: str) -> str:
-    """Return a URL without what may be secret in it: user, password, query, fragment."""
-    parts = urlsplit(_without_user(url))
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
 
 
 def check_url(url: Provided) -> None:
@@ -88,27 +83,12 @@ def check_url(url: Provided) -> None:
     Raises:
         ConfigError: it is not one for a WebSocket.
     """
-    if not callable(url) and (fault := _fault_of(url)) is not None:
+    if not callable(url) and (fault := url_fault(url)) is not None:
         raise ConfigError(f"url {fault}")
 
 
-def _fault_of(url: object) -> str | None:
-    """Say what is wrong with a URL (RFC 6455 section 3), without quoting it."""
-    try:
-        parts = urlsplit(url) if isinstance(url, str) and url.startswith(("ws://", "wss://")) else None
-        if parts is None or not parts.hostname or parts.port == 0:
-            return "must begin with ws:// or wss:// and name a host"
-    except ValueError:  # half an IPv6 address, a port above 65535
-        return "must begin with ws:// or wss:// and name a host"
-    if "#" in url:  # type: ignore[operator]
-        return "must not have a fragment (#)"
-    if parts.username is not None and parts.password is None:
-        return "names a user without a password"
-    return None
-
-
 def _checked_url(url: Any) -> str:
-    if (fault := _fault_of(url)) is not None:
+    if (fault := url_fault(url)) is not None:
         raise ProviderFailed(f"the url {fault}", defect=True)
     return str(url)
 
@@ -136,11 +116,6 @@ def _checked_token(token: Any) -> str:
 def _is_sendable(text: Any) -> bool:
     """Whether a text may be part of a header (RFC 9110 section 5.5)."""
     return isinstance(text, str) and text.isprintable() and text.isascii()
-
-
-def _without_user(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _read_token(path: str) -> str:

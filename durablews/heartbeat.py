@@ -7,10 +7,11 @@ from enum import Enum
 
 from durablews.config import HeartbeatConfig
 
-__all__ = ["Beat", "Heartbeat"]
+__all__ = ["LONGEST_INTERVAL", "SHORTEST_INTERVAL", "Beat", "Heartbeat"]
 
-# The adaptive interval: its bounds, and the latencies (seconds, averaged over so many) that double and halve it.
-_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 15.0, 60.0
+#: The bounds of an adaptive interval, in seconds.
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 15.0, 60.0
+# The latencies (seconds, averaged over so many) that double and halve it.
 _SLOW_LATENCY, _QUICK_LATENCY = 5.0, 1.0
 _LATENCIES = 10
 
@@ -39,7 +40,7 @@ class Heartbeat:
         #: Seconds of silence before a ping.
         self.interval = config.interval
         if config.adaptive:
-            self.interval = min(max(config.interval, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
+            self.interval = min(max(config.interval, SHORTEST_INTERVAL), LONGEST_INTERVAL)
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
@@ -74,9 +75,9 @@ class Heartbeat:
         if not self._config.adaptive or average is None:
             return
         if average > _SLOW_LATENCY:
-            self.interval = min(self.interval * 2, _LONGEST_INTERVAL)
+            self.interval = min(self.interval * 2, LONGEST_INTERVAL)
         elif average < _QUICK_LATENCY:
-            self.interval = max(self.interval / 2, _SHORTEST_INTERVAL)
+            self.interval = max(self.interval / 2, SHORTEST_INTERVAL)
 
     def delayed(self, seconds: float) -> None:
         """Take note that the last ping has spent so much of its time behind older bytes, which the other side took.

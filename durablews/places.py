@@ -74,7 +74,7 @@ def scan_json(text: str) -> Scan:
         elif wants_key:
             path = (*stack[-1][0], json.loads(token))
             wants_key = False
-            if path in places:
+            if path in places and "[]" not in path:  # two objects in a list may have the same keys
                 twice = twice or path
             places[path] = lines.place(match.start())
     return Scan(places, {}, twice)

@@ -33,6 +33,9 @@ class FakeMachine:
     def mode(self, path: str) -> int | None:
         return self.modes.get(path)
 
+    def is_folder(self, path: str) -> bool:
+        return self.folders.get(path) is None and path.endswith("/")
+
     def file_system(self, path: str) -> str | None:
         return self.file_systems.get(path, "ext4")
 

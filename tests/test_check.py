@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from servers import COMMAND, ENVIRONMENT, Inbox
 
 import durablews
 from durablews import cli
 from durablews.analysis.reports import as_github
+from durablews.analysis.rewriting import as_toml
 from durablews.config import ReconnectConfig, Settings, read_settings
-from durablews.configfile import load
+from durablews.configfile import ConfigFile, load
 from durablews.errors import ConfigError
 
 # The configuration of the other client, as it comes.
@@ -422,3 +425,188 @@ def test_settings_are_judged_as_they_were_given() -> None:
     """What nobody chose is not held against anybody, and what was chosen is, though it equals nothing in a file."""
     assert durablews.check({"url": "wss://x", "outbox": "/var/lib/o.db", "caps": {}}) == []
     assert durablews.check({"url": "wss://x", "outbox": "/var/lib/o.db", "nonsense": 1})[0].code == "DWS001"
+
+
+# -- what a reader who had not seen the code found
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ('tls.cert_file = "/x.pem"', "DWS001 error: tls.cert_file and tls.key_file go together"),
+        ('dialect = "nonsense"', "DWS001 error: "),
+        ('proxy = "proxy.corp:3128"', "DWS001 error: proxy must be the URL of a proxy"),
+        ('proxy = "user:sekrit@proxy:3128"', "DWS103 error: proxy holds a user or a password"),
+        ('outbox = ""', "DWS002 error: outbox must name a file, not a folder"),
+        ('outbox = "/"', "DWS002 error: outbox must name a file, not a folder"),
+        ('url = "wss://x:99999/"', "DWS003 error: url must begin with"),
+        ('url = "wss://x/#part"', "DWS003 error: url must not have a fragment"),
+    ],
+)
+def test_what_connect_refuses_has_an_error(check: Check, settings: str, found: str) -> None:
+    """A score of 100 for what does not start would be worse than no check."""
+    lines = [line for line in GOOD.splitlines() if line.partition(" ")[0] != settings.partition(" ")[0]]
+    code, out, _ = check("\n".join([*lines, settings]) + "\n")
+    assert code == 1
+    assert found in out
+    assert "sekrit" not in out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[reconnect]\nfactor = 3\nmax_retries = 1000\n",
+        "[reconnect]\nfactor = 1\nmax_retries = 999999999\n",
+        f"[reconnect]\nbase_delay = {'9' * 400}\n",
+        f"[heartbeat]\ninterval = {'9' * 400}\n",
+        "[reconnect]\nmax_delay = 1e999\n",
+        "[auth.headers]\nAuthorization = 'Bearer eyJ.eyJleHAiOiAxZTk5OX0.x'\n",
+        '"\\u001b]0;pwned\\u0007x\\n::error::fake" = 1\n',
+    ],
+)
+def test_no_figure_and_no_name_is_too_much(check: Check, text: str) -> None:
+    """Whatever a number or a name is: a finding or none, no traceback, and nothing for the terminal to obey."""
+    code, out, err = check(GOOD + text)
+    assert code in (0, 1)
+    assert err == ""
+    assert "\x1b" not in out
+    assert not any(line.startswith("::error::fake") for line in out.splitlines())
+    for form in ("json", "sarif", "github"):
+        assert check(GOOD + text, "--format", form)[0] == code
+
+
+def test_a_name_that_is_no_unicode_is_shown(check: Check) -> None:
+    """JSON can name half a character, which no report may choke on."""
+    for form in ("text", "json", "sarif", "github"):
+        code, out, _ = check('{"url": "wss://x", "\\ud800": 1}', "--format", form, name="config.json")
+        assert (code, "ud800" in out) == (1, True)
+
+
+@pytest.mark.parametrize("config", [["url"], b"no-such.toml", 7, None])
+def test_what_is_no_configuration_is_a_config_error(config: Any) -> None:
+    """From Python too nothing but `ConfigError` comes of what is none."""
+    with pytest.raises(ConfigError):
+        durablews.check(config)
+
+
+@pytest.mark.parametrize(
+    "known", [{"fleet": "10", "accept_rate": 1}, {"rate": []}, {"rtt": "x"}, {"rate": float("nan")}]
+)
+def test_figures_that_are_none_are_config_errors(known: dict[str, Any]) -> None:
+    """So are figures that cannot be."""
+    with pytest.raises(ConfigError):
+        durablews.check({}, **known)
+
+
+def test_an_adaptive_heartbeat_counts_as_what_it_does(check: Check) -> None:
+    """It moves between 15 and 60 s wherever it begins: neither five minutes nor thirty seconds."""
+    adaptive = GOOD + '[heartbeat]\nadaptive = true\ninterval = "{}"\n'
+    slow = check(adaptive.format("300s"), "--profile", "azure-lb")[1]
+    assert "DWS202" not in slow
+    assert "60s x 3 + 10s = 190s" in slow
+    assert "heartbeat.interval 15s costs 37.3 MB" in check(adaptive.format("30s"), "--data-budget", "20MB")[1]
+
+
+def test_the_rules_and_the_sums_agree(check: Check) -> None:
+    """What the caps did not keep need not be drained, and a window of bytes is a window too."""
+    known = ("--rate", "2/s", "--payload", "400B", "--max-outage", "72h")
+    out = check(GOOD + "[caps]\nmax_messages = 1000\n[delivery]\nrate_limit = 3\n", *known)[1]
+    assert "DWS503" not in out
+    assert "1,000 messages / (3 - 2 a second)" in out
+    out = check(GOOD, "--rate", "100/s", "--payload", "100KB", "--rtt", "1s", "--max-outage", "1h")[1]
+    assert "DWS502 warning: delivery.window_bytes: 10 messages / 1s = 10.0 a second at most, and 100 come in" in out
+    assert "is reached 107s into an outage of 60m" in out or "is reached 107s into an outage of 1h" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"heartbeat": {"interval": 120}}, "heartbeatInterval and heartbeat.interval are the same setting"),
+        ({"reconnect": "junk"}, "reconnect must be a table"),
+    ],
+)
+def test_a_setting_in_two_spellings_is_not_guessed(check: Check, change: dict[str, Any], why: str) -> None:
+    """Neither of the two is dropped in silence."""
+    code, _, err = check(json.dumps({**json.loads(REFERENCE), **change}), name="config.json")
+    assert (code, why in err) == (2, True)
+
+
+@pytest.mark.parametrize("switch", [1, "false", None])
+def test_a_switch_is_a_switch(check: Check, switch: Any) -> None:
+    """`autoReconnect` is true or false, and nothing else is taken for a number of tries."""
+    code, out, _ = check(json.dumps({**json.loads(REFERENCE), "autoReconnect": switch}), name="config.json")
+    assert (code, "DWS001 error: autoReconnect must be true or false" in out) == (1, True)
+    assert "maxRetries 10" in out
+
+
+def test_files_are_written_after_the_report_and_never_over_the_configuration(check: Check) -> None:
+    """What cannot be written is said, and the findings are there all the same."""
+    fleet = ("--fleet", "10", "--accept-rate", "1/s")
+    for flags in ((*fleet, "--plot", "agent.toml"), (*fleet, "--plot", "no/x.svg"), ("--write", "no/x.toml")):
+        code, out, err = check(GOOD, *flags)
+        assert code == 2
+        assert "\nscore " in f"\n{out}"
+        assert err.startswith("durablews: --")
+    assert Path("agent.toml").read_text(encoding="utf-8") == GOOD
+
+
+def test_a_pyproject_without_our_table_is_none_of_ours(check: Check) -> None:
+    """And with it, what is missing is missing in the table."""
+    code, _, err = check("[project]\nname = 'x'\n", name="pyproject.toml")
+    assert (code, "has no table [tool.durablews]" in err) == (2, True)
+    code, out, _ = check("[project]\nname = 'x'\n\n[tool.durablews]\noutbox = '/var/lib/o.db'\n", name="pyproject.toml")
+    assert (code, "pyproject.toml:4:1: DWS003" in out) == (1, True)
+    out = check(
+        "[tool.durablews]\nurl = 'wss://x'\n[tool.durablews.heartbeat]\ninterval = '50s'\n", name="pyproject.toml"
+    )[1]
+    assert "pyproject.toml:4:1: DWS202" in out
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(check: Check) -> None:
+    """Editors on Windows write one."""
+    assert check(b"\xef\xbb\xbf" + GOOD.encode())[0] == 0
+    assert check(b'\xef\xbb\xbf{"url": "wss://x"}', name="config")[0] == 0
+
+
+def test_a_fleet_needs_whole_connections_and_no_outage(check: Check) -> None:
+    """1.83 a second is not played as 1, and a plain restart is an outage of nothing."""
+    assert "must be a whole number" in check(GOOD, "--fleet", "10", "--accept-rate", "110/min")[2]
+    assert check(GOOD, "--fleet", "10", "--accept-rate", "5/s", "--outage", "0s")[0] == 0
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "base_delay": st.floats(1e-9, 29),
+            "max_delay": st.floats(30, 1e9),
+            "max_connection_age": st.one_of(st.just("none"), st.integers(1, 10**9)),
+        },
+    ),
+    st.fixed_dictionaries({}, optional={"drain_timeout": st.floats(0, 1e9), "rate_limit": st.floats(1e-6, 1e9)}),
+)
+def test_what_is_written_says_the_same(reconnect: dict[str, Any], delivery: dict[str, Any]) -> None:
+    """No unit rounds a figure, whatever it is."""
+    settings = {"url": "wss://x", "outbox": "o.db", "reconnect": reconnect, "delivery": delivery}
+    file = ConfigFile(path="x", settings=settings, places={}, spelled={}, ignored={}, is_reference=False)
+    assert read_settings(tomllib.loads(as_toml(file)), Settings, "") == read_settings(settings, Settings, "")
+
+
+def test_the_example_in_the_readme_is_true(check: Check) -> None:
+    """The command that is shown, on a file with a heartbeat of a minute, prints what is shown."""
+    readme = (Path(durablews.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```console\n\$ durablews check agent\.toml (.*)\n((?:.|\n)*?)```", readme)
+    assert shown
+    _, out, _ = check(GOOD + '\n[heartbeat]\ninterval = "60s"\n', *shown[1].split())
+    assert out == shown[2]
+
+
+def test_sarif_levels_and_version(check: Check) -> None:
+    """A warning is a warning there, and a path is a URI."""
+    os.mkdir("a folder#1")
+    path = "a folder#1/agent.toml"
+    log = json.loads(check(GOOD + "[reconnect]\nmax_retries = 10\n", "--format", "sarif", name=path)[1])
+    assert log["version"] == "2.1.0"
+    (result,) = log["runs"][0]["results"]
+    assert result["level"] == "warning"
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a%20folder%231/agent.toml"

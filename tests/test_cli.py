@@ -16,6 +16,7 @@ import pytest
 import durablews
 from durablews import cli, errors
 from durablews.cli import formats
+from durablews.visible import printable
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 COMMAND = [sys.executable, "-m", "durablews"]
@@ -203,8 +204,8 @@ def test_full_is_said_of_what_is_full(part: int, whole: int, text: str) -> None:
 
 def test_control_characters_are_escaped_and_letters_are_not() -> None:
     """What a person can read stays as it is."""
-    assert formats.printable("Zoë 漢 €") == "Zoë 漢 €"
-    assert formats.printable("a\x1b[31m\n\x9b\u202e\udcff") == "a\\x1b[31m\\n\\x9b\\u202e\\udcff"
+    assert printable("Zoë 漢 €") == "Zoë 漢 €"
+    assert printable("a\x1b[31m\n\x9b\u202e\udcff") == "a\\x1b[31m\\n\\x9b\\u202e\\udcff"
 
 
 def test_what_is_too_wide_is_cut_to_the_cell() -> None:

@@ -12,6 +12,7 @@ from judged import FakeMachine, findings_of, fixture
 from durablews import cli
 from durablews.analysis.findings import score
 from durablews.analysis.rules.catalogue import RULES, rule_named, selected
+from durablews.analysis.surroundings import ThisMachine
 from durablews.errors import ConfigError
 
 DOCS = Path(__file__).resolve().parents[1] / "durablews" / "docs" / "check.md"
@@ -209,7 +210,7 @@ def test_what_a_dead_letter_or_an_unknown_value_is_reported_as() -> None:
 
 def test_how_long_a_limited_number_of_tries_lasts(tmp_path: Path) -> None:
     """The sum of the windows: 1 + 2 + 4 + 8 + 16 + 5 x 30 s, for ten."""
-    assert "after an outage of 181s at the latest" in judged(tmp_path, "[reconnect]\nmax_retries = 10\n")["DWS305"]
+    assert "after about 181s of waiting" in judged(tmp_path, "[reconnect]\nmax_retries = 10\n")["DWS305"]
 
 
 def test_when_messages_begin_to_go(tmp_path: Path) -> None:
@@ -228,3 +229,104 @@ def test_codes_may_be_beginnings_and_must_be_some() -> None:
     for nonsense in ("DWS9", "", "X"):
         with pytest.raises(ConfigError):
             selected([nonsense])
+
+
+@pytest.mark.parametrize(
+    ("code", "setting", "good", "bad"),
+    [
+        ("DWS302", "reconnect.jitter", [0.25, 1], [0.24]),
+        ("DWS304", "reconnect.max_delay", [10, 300], [9.9, 301]),
+        ("DWS306", "reconnect.stable_after", [10], [9.9]),
+        ("DWS505", "delivery.max_attempts", [12], [11]),
+        ("DWS601", "reconnect.max_retries", [5, 20], [4, 21]),
+        ("DWS602", "reconnect.base_delay", [0.5, 5], [0.49, 5.1]),
+        ("DWS603", "reconnect.max_delay", [10, 60], [9.9, 61]),
+        ("DWS604", "reconnect.connect_timeout", [5, 30], [4.9, 31]),
+        ("DWS605", "heartbeat.interval", [15, 60], [14, 61]),
+        ("DWS606", "heartbeat.timeout", [5, 15], [4.9, 16]),
+        ("DWS607", "heartbeat.max_missed", [2, 5], [1, 6]),
+        ("DWS608", "caps.max_messages", [100, 10**6], [99]),
+        ("DWS609", "caps.max_age", [601], [59]),
+    ],
+)
+def test_both_ends_of_every_range(tmp_path: Path, code: str, setting: str, good: list[float], bad: list[float]) -> None:
+    """A figure at the end of a range is in it, and one just beyond is not."""
+    table, name = setting.split(".")
+    for value in good:
+        assert code not in judged(tmp_path, f"[{table}]\n{name} = {value}\n")
+    for value in bad:
+        assert code in judged(tmp_path, f"[{table}]\n{name} = {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "good", "bad"),
+    [
+        ("DWS203", '[heartbeat]\ntimeout = "6s"\n', {"rtt": 2}, {"rtt": 2.1}),
+        ("DWS204", '[heartbeat]\ninterval = "50s"\n', {"stale_after": 160}, {"stale_after": 159}),
+        ("DWS206", '[reconnect]\nmax_connection_age = "119m"\n', {"profile": "aws-api-gateway"}, None),
+        ("DWS206", '[reconnect]\nmax_connection_age = "120m"\n', None, {"profile": "aws-api-gateway"}),
+        ("DWS303", "", {"fleet": 500, "accept_rate": 500}, {"fleet": 501, "accept_rate": 500}),
+        (
+            "DWS402",
+            "[caps]\nmax_messages = 1000\n",
+            {"disk": 26_000_000, "payload": 400},
+            {"disk": 25_000_000, "payload": 400},
+        ),
+        ("DWS406", "[caps]\nmax_bytes = 10000\n", {"payload": 1000}, {"payload": 1001}),
+        ("DWS406", "", {"payload": 1 << 20}, {"payload": (1 << 20) + 1}),
+        ("DWS501", "[delivery]\nack_timeout = 2.1\n", {}, None),
+        ("DWS501", "[delivery]\nack_timeout = 2\n", None, {}),
+        ("DWS501", "[delivery]\nack_timeout = 6\n", {"rtt": 2.9}, {"rtt": 3}),
+        ("DWS610", '[heartbeat]\ninterval = "31s"\n', {"profile": "aws-nat"}, {"profile": "nginx"}),
+        ("DWS610", 'proxy = "http://proxy:3128"\n[heartbeat]\ninterval = "31s"\n', None, {}),
+        ("DWS610", 'proxy = "none"\n[heartbeat]\ninterval = "31s"\n', {}, None),
+    ],
+)
+def test_both_sides_of_every_sum(
+    tmp_path: Path, code: str, text: str, good: dict[str, object] | None, bad: dict[str, object] | None
+) -> None:
+    """What the owner knows decides, to the figure."""
+    if good is not None:
+        assert code not in judged(tmp_path, text, **good)
+    if bad is not None:
+        assert code in judged(tmp_path, text, **bad)
+
+
+def test_the_advice_of_the_first_window_is_enough(tmp_path: Path) -> None:
+    """Who does as it says is not told again."""
+    told = judged(tmp_path, "", fleet=10_000, accept_rate=500)["DWS303"]
+    advised = re.search(r"first_delay = (\w+)", told)
+    assert advised
+    assert "DWS303" not in judged(
+        tmp_path, f'[reconnect]\nfirst_delay = "{advised[1]}"\n', fleet=10_000, accept_rate=500
+    )
+
+
+def test_a_proxy_of_the_environment_counts_for_the_urls_it_is_for(tmp_path: Path) -> None:
+    """HTTP_PROXY is not asked for wss://, and what is asked for is named."""
+    machine = FakeMachine()
+    machine.environment = {"HTTP_PROXY": "http://p:1"}
+    assert "DWS106" not in judged(tmp_path, "", machine)
+    assert "HTTP_PROXY" in judged(tmp_path, 'url = "ws://localhost/"\noutbox = "/o.db"\n', machine)["DWS106"]
+    machine.environment = {"https_proxy": "http://p:1"}
+    assert "HTTPS_PROXY" in judged(tmp_path, "", machine)["DWS106"]
+
+
+def test_this_machine_knows_what_is_mounted_where(tmp_path: Path) -> None:
+    """The longest mount point that holds a file counts, the last of two at one place, and no beginning of a name."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/a / ext4 rw 0 0\ntmpfs /run tmpfs rw 0 0\nx /data nfs4 rw 0 0\n/dev/b /data xfs rw 0 0\n"
+        "y /with\\040blank cifs rw 0 0\n",
+        encoding="utf-8",
+    )
+    machine = ThisMachine(str(mounts))
+    kinds = {"/run/x.db": "tmpfs", "/running.db": "ext4", "/data/o.db": "xfs", "/with blank/o.db": "cifs", "/o": "ext4"}
+    assert {path: machine.file_system(path) for path in kinds} == kinds
+    assert ThisMachine(str(tmp_path / "none")).file_system("/o") is None
+    assert (machine.is_folder(str(tmp_path)), machine.is_folder(str(mounts))) == (True, False)
+    mounts.chmod(0o640)
+    assert machine.mode(str(mounts)) == 0o640
+    assert machine.mode("/nowhere/at all") is None
+    assert machine.writable_folder(str(tmp_path / "o.db")) is True
+    assert machine.writable_folder("/nowhere/at/all.db") is None

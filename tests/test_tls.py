@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
@@ -125,18 +125,28 @@ Speaker = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 async def speaking(speaker: Speaker, port: int) -> AsyncIterator[list[int]]:
     """A TCP server that does what `speaker` does with each connection; yields a list that grows with each."""
     visits: list[int] = []
+    visitors: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         visits.append(len(visits))
-        with closing(writer):
-            try:
-                await speaker(reader, writer)
-            except ConnectionError:
-                pass
+        with closing(writer), suppress(ConnectionError):
+            await speaker(reader, writer)
 
-    server = await asyncio.start_server(handle, "127.0.0.1", port)
-    async with server:
-        yield visits
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(handle(reader, writer), name="speaker")
+        visitors[task] = writer
+
+    server = await asyncio.start_server(accept, "127.0.0.1", port)
+    try:
+        async with server:
+            yield visits
+    finally:
+        # Nobody may outlive it: a transport that the loop never closes is a warning in some later test.
+        for task, writer in visitors.items():
+            task.cancel()
+            writer.transport.abort()
+        await asyncio.gather(*visitors, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 def saying(text: bytes) -> Speaker:

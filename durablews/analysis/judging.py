@@ -20,6 +20,7 @@ from durablews.config import Settings, did_you_mean, merge, parse_duration, pars
 from durablews.configfile import REFERENCE_NAMES, ConfigFile, read_config
 from durablews.errors import ConfigError
 from durablews.places import Path
+from durablews.visible import printable
 
 __all__ = ["check", "circumstances", "judge"]
 
@@ -102,6 +103,8 @@ def circumstances(
     Raises:
         ConfigError: a figure or a profile is none; says which.
     """
+    if fleet is not None and not isinstance(fleet, int):
+        raise ConfigError("fleet must be a whole number of devices")
     if (fleet is None) != (accept_rate is None):
         raise ConfigError("fleet and accept_rate go together: how many devices, and how many a second the server takes")
     load = Load(
@@ -113,27 +116,30 @@ def circumstances(
         data_budget=_whole("data_budget", data_budget),
     )
     accepted = _figure("accept_rate", accept_rate, parse_rate)
-    away, stale = _figure("outage", outage, parse_duration), _figure("stale_after", stale_after, parse_duration)
-    assert away is not None
-    assert stale is not None
+    away = _figure("outage", outage, parse_duration, least=0.0) or 0.0
+    stale = _figure("stale_after", stale_after, parse_duration) or 0.0
     crowd = None
     if fleet is not None and accepted is not None:
         if fleet < 1 or accepted < 1:
             raise ConfigError("fleet and accept_rate must be 1 or more")
+        if accepted != int(accepted):
+            raise ConfigError(f"accept_rate must be a whole number of connections a second, not {accepted:g}")
         crowd = Outage(devices=int(fleet), accept_rate=int(accepted), seconds=away)
     return Circumstances(
         profile=None if profile is None else profile_named(profile), load=load, fleet=crowd, stale_after=stale
     )
 
 
-def _figure(name: str, given: str | float | None, parse: Any) -> float | None:
+def _figure(name: str, given: str | float | None, parse: Any, least: float | None = None) -> float | None:
     if given is None:
         return None
     try:
         figure = float(parse(given) if isinstance(given, str) else given)
     except ConfigError as exc:
         raise ConfigError(f"{name}: {exc}") from None
-    if not 0 < figure < 1e15:
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} must be a number, or a text with a unit") from None
+    if not (0 < figure < 1e15 or figure == least):
         raise ConfigError(f"{name}: must be above 0, and no more than a machine can mean")
     return figure
 
@@ -145,11 +151,13 @@ def _whole(name: str, given: str | int | None) -> int | None:
 
 def _file(config: str | os.PathLike[str] | Mapping[str, Any] | Settings) -> ConfigFile:
     if isinstance(config, str | os.PathLike):
-        return read_config(os.fspath(config))
+        return read_config(os.fsdecode(config))
     if isinstance(config, Settings):
         # Only what is not a default: a default was not given, and is not a choice.
         config = _given(config)
-    plain = {name: _given(value) if isinstance(value, Struct) else value for name, value in merge(config).items()}
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"a configuration is a file, a mapping or Settings, not {type(config).__name__}")
+    plain = {str(name): _given(value) if isinstance(value, Struct) else value for name, value in merge(config).items()}
     return ConfigFile(path="", settings=plain, places={}, spelled={}, ignored={}, is_reference=False)
 
 
@@ -165,6 +173,8 @@ def _given(settings: Struct) -> dict[str, Any]:
 
 def _in_the_files_words(subject: Subject, path: Path, message: str) -> str:
     """Say why a value cannot be used with the names that the file has, and no others."""
+    if subject.file.is_reference and path[0] in REFERENCE_NAMES:
+        return f"{path[0]} must be true or false"
     if subject.file.is_reference and len(path) == 1 and path[0] not in Settings.__struct_fields__:
         return f"{path[0]} is not a setting{did_you_mean(path[0], REFERENCE_NAMES)}"
     ours = ".".join(path)
@@ -182,9 +192,9 @@ def _finding(subject: Subject, rule: Rule, problem: Problem) -> Finding:
     return Finding(
         code=rule.code,
         severity=problem.severity or rule.severity,
-        setting=subject.name(*problem.path),
-        message=problem.message,
-        path=subject.file.path if in_file else None,
+        setting=printable(subject.name(*problem.path)),
+        message=printable(problem.message),
+        path=printable(subject.file.path) if in_file else None,
         line=place.line if in_file else None,
         column=place.column if in_file else None,
     )

@@ -28,6 +28,7 @@ __all__ = [
     "drain_time",
     "first_loss",
     "heartbeat_traffic",
+    "kept",
     "parse_rate",
     "row_bytes",
     "sums",
@@ -259,8 +260,7 @@ def sums(settings: Settings, load: Load) -> list[Sum]:
         found.extend(_backlog_sums(gathered, rate, outage, payload))
         loss = _first_loss(settings.caps, load, rate, outage)
         found.append(_loss_sum(loss, rate, outage))
-        kept = gathered.messages if loss is None else min(gathered.messages, math.floor(round(rate * loss.after, 6)))
-        found.extend(_drain_sums(settings, load, rate, kept))
+        found.extend(_drain_sums(settings, load, rate, kept(settings.caps, load, rate, outage)))
     if rate is not None and payload is not None and settings.durability == "power":
         found.append(_wear_sum(rate, payload))
     found.extend(_traffic_sums(settings, load))
@@ -288,6 +288,12 @@ def _backlog_sums(gathered: Backlog, rate: float, outage: float, payload: int | 
             f" its log takes up to {_size(WAL)} more",
         ),
     ]
+
+
+def kept(caps: CapsConfig, load: Load, rate: float, outage: float) -> int:
+    """Return the messages that wait at the end of an outage: all, or as many as were there at the first loss."""
+    gathered, loss = backlog(rate, outage).messages, _first_loss(caps, load, rate, outage)
+    return gathered if loss is None else min(gathered, math.floor(round(rate * loss.after, 6)))
 
 
 def _first_loss(caps: CapsConfig, load: Load, rate: float, outage: float) -> FirstLoss | None:

@@ -49,6 +49,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lifetime: Figure | None = None
     #: Bytes; a larger message closes the connection.
     largest_message: Figure | None = None
+    #: Whether it is a proxy or a balancer that looks at what passes, and not a server or an address translator.
+    proxy: bool = False
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -66,7 +67,7 @@ def as_sarif(findings: Sequence[Finding], rules: Sequence[Rule], version: str) -
             "locations": [
                 {
                     "physicalLocation": {
-                        "artifactLocation": {"uri": (finding.path or "").replace("\\", "/").replace(" ", "%20")},
+                        "artifactLocation": {"uri": quote((finding.path or "").replace("\\", "/"))},
                         "region": {"startLine": finding.line or 1, "startColumn": finding.column or 1},
                     }
                 }

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from durablews.analysis.subject import span
-from durablews.config import Settings, read_settings
+from durablews.config import Settings, parse_duration, read_settings
 from durablews.configfile import ConfigFile
 from durablews.errors import ConfigError
 
 __all__ = ["as_toml"]
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_DURATION_TEXT = re.compile(r"\d+(\.\d+)?[smh]")
 _DURATION = re.compile(r".*_(delay|timeout|age|interval|after)")
 
 
@@ -38,7 +39,8 @@ def as_toml(file: ConfigFile) -> str:
 def _pair(name: str, value: Any, table: str | None = None) -> str:
     is_duration = table != "auth" and (_DURATION.fullmatch(name) or name in ("interval", "timeout"))
     if is_duration and isinstance(value, int | float) and not isinstance(value, bool):
-        value = span(value)
+        # With its unit, unless that rounds it: the file must say the same.
+        value = text if _DURATION_TEXT.fullmatch(text := span(value)) and parse_duration(text) == value else value
     return f"{_key(name)} = {_value(value)}"
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET, Struct
 
+from durablews.addresses import proxy_fault
 from durablews.analysis.fleet import Outage
 from durablews.analysis.load import MAX_BYTES, MAX_MESSAGES, Load
 from durablews.analysis.profiles import Profile
@@ -15,7 +16,9 @@ from durablews.analysis.surroundings import Surroundings
 from durablews.config import CapsConfig, Settings, read_settings
 from durablews.configfile import ConfigFile
 from durablews.errors import ConfigError
+from durablews.heartbeat import LONGEST_INTERVAL, SHORTEST_INTERVAL
 from durablews.places import Path, Place
+from durablews.wire.native import dialect_named
 
 __all__ = ["Circumstances", "Rejected", "Subject", "span"]
 
@@ -74,6 +77,7 @@ class Subject:
         self.given: set[Path] = set()
         self.rejected: dict[Path, Rejected] = {}
         self.settings = _AsGiven(**self._read(file.settings))
+        self._look_closer()
 
     def _read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         read: dict[str, Any] = {}
@@ -89,6 +93,19 @@ class Subject:
             if name not in Settings.__struct_fields__:
                 self._accept((name,), settings[name], Settings)
         return read
+
+    def _look_closer(self) -> None:
+        """Refuse what is of the right type and cannot be used all the same: `connect` refuses it too."""
+        tls, proxy = self.settings.tls, self.settings.proxy
+        if (tls.cert_file is None) != (tls.key_file is None):
+            path = ("tls", "key_file" if tls.cert_file is None else "cert_file")
+            self.rejected[path] = Rejected(None, "tls.cert_file and tls.key_file go together")
+        if proxy not in (None, "env") and (fault := proxy_fault(str(proxy))) is not None:
+            self.rejected[("proxy",)] = Rejected(proxy, f"proxy {fault}")
+        try:
+            dialect_named(self.settings.dialect)
+        except ConfigError as exc:
+            self.rejected[("dialect",)] = Rejected(self.settings.dialect, str(exc))
 
     def _accept(self, path: Path, value: Any, kind: type[Struct]) -> bool:
         """Take note of one setting, and return whether it can be used."""
@@ -113,7 +130,7 @@ class Subject:
 
     def place(self, path: Path) -> Place:
         """Return where a setting stands; where its table does, when it is not given; else the beginning."""
-        for length in range(len(path), 0, -1):
+        for length in range(len(path), -1, -1):
             if path[:length] in self.file.places:
                 return self.file.places[path[:length]]
         return Place(1, 1)
@@ -133,10 +150,14 @@ class Subject:
         return MAX_BYTES if self.caps.max_bytes is UNSET else self.caps.max_bytes
 
     @property
-    def detection(self) -> float:
-        """Seconds after which a dead link is found, at the latest."""
-        heartbeat = self.settings.heartbeat
-        return heartbeat.interval * heartbeat.max_missed + heartbeat.timeout
+    def shortest_interval(self) -> float:
+        """Seconds between two pings on a quick link."""
+        return SHORTEST_INTERVAL if self.settings.heartbeat.adaptive else self.settings.heartbeat.interval
+
+    @property
+    def longest_interval(self) -> float:
+        """Seconds between two pings on a slow link: an adaptive heartbeat grows to that, wherever it begins."""
+        return LONGEST_INTERVAL if self.settings.heartbeat.adaptive else self.settings.heartbeat.interval
 
 
 def _plain(name: str) -> str:
@@ -145,7 +166,9 @@ def _plain(name: str) -> str:
 
 def span(seconds: float) -> str:
     """Return seconds as a configuration would say them: ``0.5s``, ``45s``, ``5m``, ``72h``."""
+    if abs(seconds) >= 1e15:
+        return "an endless number of seconds"
     for unit, length, least in (("h", 3600, 7200), ("m", 60, 300)):
         if seconds >= least and seconds % length == 0:
-            return f"{seconds / length:g}{unit}"
-    return f"{seconds:g}s"
+            return f"{int(seconds // length)}{unit}"
+    return f"{int(seconds)}s" if seconds == int(seconds) else f"{seconds:g}s"

@@ -21,6 +21,9 @@ class Surroundings(Protocol):
     def mode(self, path: str) -> int | None:
         """Return the permission bits of a file; None where there is none, or where they say nothing."""
 
+    def is_folder(self, path: str) -> bool:
+        """Whether there is a folder of that name."""
+
     def file_system(self, path: str) -> str | None:
         """Return the type of the file system that a file is on or would be on, such as ``ext4``; None: not known."""
 
@@ -29,10 +32,15 @@ class Surroundings(Protocol):
 
 
 class ThisMachine:
-    """The machine that the analyser runs on."""
+    """The machine that the analyser runs on.
 
-    def __init__(self) -> None:
+    Args:
+        mounts: the kernel's list of what is mounted where.
+    """
+
+    def __init__(self, mounts: str = "/proc/self/mounts") -> None:
         self.environment: Mapping[str, str] = os.environ
+        self._mounts = mounts
 
     def now(self) -> float:
         return time.time()
@@ -45,10 +53,13 @@ class ThisMachine:
         except (OSError, ValueError):
             return None
 
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
     def file_system(self, path: str) -> str | None:
         try:
             wanted = os.path.realpath(path)
-            with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+            with open(self._mounts, encoding="utf-8", errors="surrogateescape") as file:
                 mounts = [line.split() for line in file]
         except (OSError, ValueError):
             return None

@@ -14,8 +14,8 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from durablews import __version__
-from durablews.cli.formats import printable
 from durablews.errors import ConfigError, DurablewsError, OutboxError, OutboxFull, PayloadError
+from durablews.visible import printable
 
 __all__ = ["build_parser", "main"]
 

@@ -92,14 +92,18 @@ def run(args: argparse.Namespace) -> int:
         accept_rate=args.accept_rate,
         outage=args.outage,
     )
-    subject = Subject(read_config(args.config), known, ThisMachine())
+    file = read_config(args.config)
+    if not file.settings and os.path.basename(args.config) == "pyproject.toml":
+        raise ConfigError(f"{args.config}: has no table [tool.durablews]")
+    subject = Subject(file, known, ThisMachine())
     findings = judge(subject, select=_codes(args.select), ignore=_codes(args.ignore))
+    courses = _courses(subject, args.seed) if subject.fleet is not None else {}
+    _REPORTS[args.format](subject, findings, courses)
+    sys.stdout.flush()
     if args.write is not None:
         _write(subject, args.write)
-    courses = _courses(subject, args.seed) if subject.fleet is not None else {}
     if args.plot is not None:
-        _plot(args.plot, courses)
-    _REPORTS[args.format](subject, findings, courses)
+        _plot(args.plot, args.config, courses)
     worst = {"error", "warning"} if args.strict else {"error"}
     return 1 if any(finding.severity in worst for finding in findings) else 0
 
@@ -118,7 +122,7 @@ def _text(subject: Subject, findings: list[Finding], courses: dict[str, Course])
 
     paint = Palette(sys.stdout)
     for finding in findings:
-        where = f"{finding.path}:{finding.line}:{finding.column}: "
+        where = f"{finding.path}:{finding.line}:{finding.column}: "  # printable already, as all of a finding is
         print(f"{where}{paint(f'{finding.code} {finding.severity}', *_STYLES[finding.severity])}: {finding.message}")
     if findings:
         print()
@@ -189,11 +193,17 @@ def _write(subject: Subject, path: str) -> None:
     print(f"durablews: wrote {path}", file=sys.stderr)
 
 
-def _plot(path: str, courses: dict[str, Course]) -> None:
+def _plot(path: str, config: str, courses: dict[str, Course]) -> None:
     from durablews.analysis.drawing import svg
+    from durablews.errors import ConfigError
 
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(svg(courses))
+    try:
+        if os.path.exists(path) and os.path.samefile(path, config):
+            raise ConfigError(f"--plot {path} would overwrite the configuration itself")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(svg(courses))
+    except OSError as exc:
+        raise ConfigError(f"--plot {path}: {exc.strerror}") from exc
     print(f"durablews: drew {path}", file=sys.stderr)
 
 
@@ -205,6 +215,8 @@ def _create(path: str, text: str) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(f"{path} is there already; --write makes a new file") from None
+    except OSError as exc:
+        raise ConfigError(f"--write {path}: {exc.strerror}") from exc
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
 

@@ -10,7 +10,8 @@ import argparse
 import signal
 from typing import TYPE_CHECKING, Any
 
-from durablews.cli.formats import count, printable
+from durablews.cli.formats import count
+from durablews.visible import printable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,6 @@ __all__ = [
     "duration",
     "duration_argument",
     "moment",
-    "printable",
     "share",
     "shorten",
     "size",
@@ -42,16 +41,6 @@ class Palette:
         if not self.on or not styles or not text:
             return text
         return f"\x1b[{';'.join(_ANSI[style] for style in styles)}m{text}\x1b[0m"
-
-
-def printable(text: str) -> str:
-    """Return `text` with everything that is not a visible character escaped.
-
-    A message from elsewhere must not move the cursor, set the title or answer for the person at the terminal.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def count(number: int) -> str:

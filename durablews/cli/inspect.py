@@ -16,7 +16,6 @@ from durablews.cli.formats import (
     count,
     duration,
     moment,
-    printable,
     share,
     shorten,
     size,
@@ -26,6 +25,7 @@ from durablews.errors import ConfigError, PayloadError
 from durablews.inspection import inspect, stream_entries, summarize
 from durablews.messages import Refusal, priority_name, priority_number
 from durablews.snapshot import EntrySummary, Snapshot, to_json
+from durablews.visible import printable
 
 __all__ = ["add_parser", "run"]
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from durablews.cli.formats import printable
+from durablews.visible import printable
 
 __all__ = ["add_parser", "run"]
 

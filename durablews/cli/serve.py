@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from durablews.cli.formats import printable
+from durablews.visible import printable
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from durablews.cli.formats import Palette, columns, count, printable, shorten
+from durablews.cli.formats import Palette, columns, count, shorten
 from durablews.clock import SystemClock
+from durablews.visible import printable
 
 if TYPE_CHECKING:
     import asyncio

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from durablews.analysis.findings import Problem, Rule
-from durablews.analysis.load import backlog
+from durablews.analysis.load import drain_speed, drain_time, kept
 from durablews.analysis.subject import Subject, span
 
 __all__ = ["RULES"]
@@ -32,13 +32,22 @@ def _ack_timeout(subject: Subject) -> Iterator[Problem]:
 
 def _window(subject: Subject) -> Iterator[Problem]:
     delivery, load = subject.settings.delivery, subject.load
-    if load.rtt is not None and load.rate is not None and delivery.window / load.rtt < load.rate:
-        path = ("delivery", "window")
+    speed = drain_speed(
+        rate_limit=None,
+        window=delivery.window,
+        window_bytes=delivery.window_bytes,
+        payload=load.payload,
+        rtt=load.rtt,
+    )
+    if speed is not None and load.rtt is not None and load.rate is not None and speed < load.rate:
+        by_bytes = round(speed * load.rtt) < delivery.window
+        path = ("delivery", "window_bytes" if by_bytes else "window")
+        needed = int(load.rate * load.rtt * 4) + 1
+        enough = f"{needed * (load.payload or 1):,} bytes" if by_bytes else f"{needed:,}"
         yield Problem(
             path,
-            f"{subject.name(*path)} {delivery.window:,} / {span(load.rtt)} = {delivery.window / load.rtt:,.1f} messages"
-            f" a second at most, and {load.rate:g} come in: the outbox never empties; use"
-            f" {int(load.rate * load.rtt * 4) + 1:,} or more",
+            f"{subject.name(*path)}: {speed * load.rtt:,.0f} messages / {span(load.rtt)} = {speed:,.1f} a second at"
+            f" most, and {load.rate:g} come in: the outbox never empties; use {enough} or more",
         )
     if delivery.window_bytes > _MUCH_IN_FLIGHT:
         path = ("delivery", "window_bytes")
@@ -56,17 +65,17 @@ def _drain(subject: Subject) -> Iterator[Problem]:
     if limit <= load.rate:
         yield Problem(
             path,
-            f"{subject.name(*path)} {limit:g} is not above the {load.rate:g} a second that come in: a"
-            " backlog never drains",
+            f"{subject.name(*path)} {limit:g} is not above the {load.rate:g} a second that come in: a backlog"
+            " never drains",
         )
     elif load.max_outage is not None:
-        waiting = backlog(load.rate, load.max_outage).messages
-        seconds = waiting / (limit - load.rate)
+        waiting = kept(subject.caps, load, load.rate, load.max_outage)
+        seconds = drain_time(waiting, load.rate, limit)
         if seconds > load.max_outage:
             yield Problem(
                 path,
-                f"{waiting:,.0f} messages of an outage of {span(load.max_outage)} drain in {waiting:,.0f} / ({limit:g}"
-                f" - {load.rate:g}) = {span(round(seconds))}, longer than the outage itself",
+                f"{waiting:,} messages of an outage of {span(load.max_outage)} drain in {waiting:,} / ({limit:g} -"
+                f" {load.rate:g}) = {span(round(seconds))}, longer than the outage itself",
             )
 
 
@@ -107,7 +116,8 @@ RULES = (
         severity="warning",
         title="the window is too small, or very large",
         why="No more than a window goes out in a round trip. And what is in flight when the link is cut is sent again.",
-        sums="window / round trip >= rate (--rtt, --rate); window_bytes <= 16 MiB.",
+        sums="the lesser of window and window_bytes / payload, / round trip >= rate (--rtt, --rate, --payload);"
+        " window_bytes <= 16 MiB.",
         source="Little's law: messages in flight = rate x round trip.",
         judge=_window,
     ),
@@ -116,7 +126,7 @@ RULES = (
         severity="warning",
         title="a backlog drains too slowly, or never",
         why="While the backlog goes out, new messages come in. What is left for the backlog is the difference.",
-        sums="time to drain = rate x max outage / (rate_limit - rate), at most as long as the outage.",
+        sums="time to drain = what the caps kept of rate x max outage / (rate_limit - rate), at most the outage.",
         source="Arithmetic.",
         judge=_drain,
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
+from durablews.addresses import url_fault
 from durablews.analysis.findings import Problem, Rule
 from durablews.analysis.subject import Subject
 
@@ -27,16 +27,19 @@ def _place_of_outbox(subject: Subject) -> Iterator[Problem]:
         return
     kind = subject.surroundings.file_system(path)
     folder = next((each for each in _MEMORY_FOLDERS if path.startswith(each + "/")), None)
-    if folder is not None or kind in _MEMORY:
-        where = folder or f"a file system of type {kind}"
+    if not path or subject.surroundings.is_folder(path):
+        yield Problem(("outbox",), "outbox must name a file, not a folder")
+    elif folder is not None or kind in _MEMORY:
+        where = folder or f"a file system of type {kind} (on this machine)"
         yield Problem(
             ("outbox",), f"outbox {path} is on {where}, which is empty after a power cut; use a folder such as /var/lib"
         )
     elif kind in _NETWORK:
-        what = f"outbox {path} is on a network file system ({kind}), where a write-ahead log cannot be shared"
+        what = f"outbox {path} is on a network file system (on this machine: {kind}), where a write-ahead log fails"
         yield Problem(("outbox",), f"{what}; use a disk of this machine")
     elif subject.surroundings.writable_folder(path) is False:
-        yield Problem(("outbox",), f"outbox {path} is in a folder that this user may not write to")
+        what = f"on this machine, this user may not write to the folder of outbox {path}"
+        yield Problem(("outbox",), f"{what}; who runs the agent must", "warning")
 
 
 def _url(subject: Subject) -> Iterator[Problem]:
@@ -45,12 +48,9 @@ def _url(subject: Subject) -> Iterator[Problem]:
         if ("url",) not in subject.rejected:
             yield Problem(("url",), "url is missing: where are the messages to go? give ws:// or wss:// and a host")
         return
-    try:
-        usable = url.startswith(("ws://", "wss://")) and bool(urlsplit(url).hostname)
-    except ValueError:
-        usable = False
-    if not usable:
-        yield Problem(("url",), "url must begin with ws:// or wss:// and name a host")
+    fault = url_fault(url)
+    if fault is not None:
+        yield Problem(("url",), f"{subject.name('url')} {fault}")
 
 
 def _outbox(subject: Subject) -> Iterator[Problem]:

@@ -14,8 +14,6 @@ __all__ = ["RULES"]
 _UNKNOWN_IDLE_LIMIT = 55.0
 _UNKNOWN_SAFE_INTERVAL = 45.0
 _SAFE_SHARE = 0.75
-# Where an adaptive heartbeat may get to, in seconds.
-_LONGEST_ADAPTIVE = 60.0
 # Bytes a month from which the traffic is worth a word without a budget.
 _NOTEWORTHY = 25_000_000
 _OFF = (0, False, None, "none", "off", "false", "no", "0", "0s")
@@ -30,14 +28,9 @@ def _off(subject: Subject) -> Iterator[Problem]:
         yield Problem(path, f"{what}; use 30s")
 
 
-def _longest_silence(subject: Subject) -> float:
-    heartbeat = subject.settings.heartbeat
-    return max(heartbeat.interval, _LONGEST_ADAPTIVE) if heartbeat.adaptive else heartbeat.interval
-
-
 def _idle_limit(subject: Subject) -> Iterator[Problem]:
-    silence, path = _longest_silence(subject), ("heartbeat", "interval")
-    adapts = " (adaptive: it may grow to that)" if silence > subject.settings.heartbeat.interval else ""
+    silence, path = subject.longest_interval, ("heartbeat", "interval")
+    adapts = " (adaptive: it may grow to that)" if subject.settings.heartbeat.adaptive else ""
     what = f"{subject.name(*path)} {span(silence)}{adapts}"
     if subject.profile is None:
         if silence > _UNKNOWN_SAFE_INTERVAL:
@@ -75,18 +68,19 @@ def _timeout(subject: Subject) -> Iterator[Problem]:
 
 
 def _detection(subject: Subject) -> Iterator[Problem]:
-    heartbeat = subject.settings.heartbeat
-    if subject.detection > subject.stale_after:
-        sum_ = f"{span(heartbeat.interval)} x {heartbeat.max_missed} + {span(heartbeat.timeout)}"
+    heartbeat, interval = subject.settings.heartbeat, subject.longest_interval
+    found_after = interval * heartbeat.max_missed + heartbeat.timeout
+    if found_after > subject.stale_after:
+        sum_ = f"{span(interval)} x {heartbeat.max_missed} + {span(heartbeat.timeout)}"
         yield Problem(
             ("heartbeat",),
-            f"a dead link is found only after {sum_} = {span(subject.detection)}, and {span(subject.stale_after)} is"
+            f"a dead link is found only after {sum_} = {span(found_after)}, and {span(subject.stale_after)} is"
             " asked for (--stale-after); use a shorter interval, or fewer misses",
         )
 
 
 def _traffic(subject: Subject) -> Iterator[Problem]:
-    interval, budget = subject.settings.heartbeat.interval, subject.load.data_budget
+    interval, budget = subject.shortest_interval, subject.load.data_budget
     bytes_a_month = heartbeat_traffic(interval)
     path = ("heartbeat", "interval")
     what = f"{subject.name(*path)} {span(interval)} costs {bytes_a_month / 1e6:.1f} MB a month on a quiet link"

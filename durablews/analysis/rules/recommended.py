@@ -25,6 +25,8 @@ def _within(
 
     def judge(subject: Subject) -> Iterator[Problem]:
         value = getattr(getattr(subject.settings, path[0]), path[1])
+        if path == ("heartbeat", "interval") and subject.settings.heartbeat.adaptive:
+            return  # it keeps to that range by itself
         if value is not None and value is not UNSET and not least <= value <= most:
             side = "below" if value < least else "above"
             yield Problem(
@@ -78,9 +80,9 @@ def _queue_age(subject: Subject) -> Iterator[Problem]:
 
 
 def _behind_proxy(subject: Subject) -> Iterator[Problem]:
-    interval, path = subject.settings.heartbeat.interval, ("heartbeat", "interval")
+    interval, path = subject.longest_interval, ("heartbeat", "interval")
     proxy = subject.settings.proxy
-    behind = subject.profile.name if subject.profile is not None else None
+    behind = subject.profile.name if subject.profile is not None and subject.profile.proxy else None
     if behind is None and proxy not in (None, "env"):
         behind = "a proxy"
     if behind is not None and interval > _LONGEST_BEHIND_PROXY:
@@ -181,7 +183,7 @@ RULES = (
         severity="warning",
         title="heartbeat above 30 s behind a proxy",
         why="Proxies end what is silent. Two pings within the usual 60 s survive the loss of one.",
-        sums="interval <= 30 s with --profile, or with a proxy setting.",
+        sums="interval <= 30 s with the --profile of a proxy or balancer, or with a proxy setting.",
         source=_SOURCE,
         judge=_behind_proxy,
     ),

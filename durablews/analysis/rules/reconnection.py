@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from durablews.analysis.findings import Problem, Rule
 from durablews.analysis.subject import Subject, span
+from durablews.backoff import Backoff
+from durablews.config import ReconnectConfig
 
 __all__ = ["RULES"]
 
@@ -23,8 +25,8 @@ def _delays(subject: Subject) -> Iterator[Problem]:
         path = ("reconnect", name)
         if path in subject.rejected:
             value = subject.rejected[path].value
-            least = "1 or more" if name == "factor" else "above 0"
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            least = "above 1" if name == "factor" else "above 0"
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15:
                 shown = f"{value:g}" if name == "factor" else span(value)
                 yield Problem(path, f"{subject.name(*path)} {shown} must be {least}")
     if reconnect.base_delay >= reconnect.max_delay and not {("reconnect", "base_delay"), ("reconnect", "max_delay")} & (
@@ -37,6 +39,9 @@ def _delays(subject: Subject) -> Iterator[Problem]:
             f"{subject.name(*path)} {span(reconnect.base_delay)} is not below {longest}: the wait never grows, however"
             " long the server is away; use 1s and 30s",
         )
+    if reconnect.factor == 1 and reconnect.base_delay < reconnect.max_delay:
+        path = ("reconnect", "factor")
+        yield Problem(path, f"{subject.name(*path)} 1: the wait never grows, however long the server is away; use 2")
 
 
 def _jitter(subject: Subject) -> Iterator[Problem]:
@@ -83,15 +88,32 @@ def _gives_up(subject: Subject) -> Iterator[Problem]:
     reconnect, path = subject.settings.reconnect, ("reconnect", "max_retries")
     if not reconnect.max_retries:
         return
-    lasts = sum(
-        min(reconnect.base_delay * reconnect.factor ** min(attempt, 1000), reconnect.max_delay)
-        for attempt in range(min(reconnect.max_retries, 10_000))
-    )
+    lasts = _longest_wait(reconnect)
     yield Problem(
         path,
-        f"{subject.name(*path)} {reconnect.max_retries}: after an outage of {span(round(lasts))} at the latest the link"
-        " stays down until somebody comes; leave it out, everything is kept either way",
+        f"{subject.name(*path)} {reconnect.max_retries}: after about {span(round(lasts))} of waiting, at the longest,"
+        " the link stays down until somebody comes; leave it out, everything is kept either way",
     )
+
+
+def _longest_wait(reconnect: ReconnectConfig) -> float:
+    """Return the sum of the windows of all tries that `max_retries` allows; jitter only makes it less."""
+    retries = reconnect.max_retries or 0
+    backoff = Backoff(
+        base_delay=reconnect.base_delay,
+        max_delay=reconnect.max_delay,
+        factor=reconnect.factor,
+        jitter=reconnect.jitter,
+        first_delay=reconnect.first_delay,
+        random=lambda: 1.0,
+    )
+    total, last = backoff.first_delay, backoff.first_delay
+    for attempt in range(1, retries):
+        window = backoff.window(attempt)
+        if window == last:  # and so are all that follow
+            return total + (retries - attempt) * window
+        total, last = total + window, window
+    return total
 
 
 def _progress(subject: Subject) -> Iterator[Problem]:
@@ -124,7 +146,7 @@ RULES = (
         severity="error",
         title="the delays make no backoff",
         why="A wait that does not grow hammers a server that is down; one of nothing is a busy loop.",
-        sums="delay = min(base_delay x factor ^ attempt, max_delay): 0 < base_delay < max_delay, factor >= 1.",
+        sums="delay = min(base_delay x factor ^ attempt, max_delay): 0 < base_delay < max_delay, factor > 1.",
         source="RFC 6455 section 7.2.3: increasingly longer delays, such as truncated binary exponential backoff.",
         judge=_delays,
     ),
@@ -165,8 +187,8 @@ RULES = (
         severity="warning",
         title="the link gives up",
         why="Nobody sits beside an unattended device. When it has stopped trying, somebody has to go there.",
-        sums="the longest outage that it survives = the sum of min(base_delay x factor ^ n, max_delay) over max_retries"
-        " tries.",
+        sums="the longest wait = the sum of min(base_delay x factor ^ n, max_delay) over max_retries tries; a try that"
+        " hangs adds up to connect_timeout.",
         source="Seen in products that give up after 3, 5, 10 and 16 tries (microsoft/UFO, python-binance, prefect,"
         " livekit). The other client's analyser recommends 5 to 20, for a page that a person can reload: DWS601.",
         judge=_gives_up,

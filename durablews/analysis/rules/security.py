@@ -23,7 +23,11 @@ _SECRET_PARAMETERS = frozenset(
     "access_token api_key apikey auth authorization jwt key passwd password secret sig signature token".split()
 )
 _SECRET_HEADERS = ("authorization", "cookie", "token", "secret", "key", "password")
-_PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "SOCKS_PROXY", "WSS_PROXY", "WS_PROXY")
+# What websockets asks for, in its order: urllib.request.getproxies() knows them by these names.
+_PROXY_VARIABLES = {
+    "wss": ("WSS_PROXY", "SOCKS_PROXY", "HTTPS_PROXY"),
+    "ws": ("WS_PROXY", "SOCKS_PROXY", "HTTPS_PROXY", "HTTP_PROXY"),
+}
 # Anybody but the file's owner.
 _OTHERS = 0o077
 
@@ -66,7 +70,9 @@ def _unverified(subject: Subject) -> Iterator[Problem]:
 def _secret_in_url(subject: Subject) -> Iterator[Problem]:
     for name in ("url", "proxy"):
         address = getattr(subject.settings, name)
-        if address is None or "://" not in address:
+        if ("proxy",) == (name,) and ("proxy",) in subject.rejected:
+            address = str(subject.rejected[("proxy",)].value)
+        if address in (None, "env"):
             continue
         found = _secrets_of(address)
         if found:
@@ -78,7 +84,7 @@ def _secret_in_url(subject: Subject) -> Iterator[Problem]:
 def _secrets_of(address: str) -> str:
     try:
         parts = urlsplit(address)
-        has_user = bool(parts.username or parts.password)
+        has_user = bool(parts.username or parts.password) or ("://" not in address and "@" in address)
     except ValueError:
         return ""
     names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name.lower() in _SECRET_PARAMETERS]
@@ -86,11 +92,11 @@ def _secrets_of(address: str) -> str:
 
 
 def _secret_in_file(subject: Subject) -> Iterator[Problem]:
-    mode = subject.surroundings.mode(subject.file.path)
+    mode = subject.surroundings.mode(subject.file.path) if subject.file.path else None
     open_to_all = f", and others may read the file (mode {mode:04o})" if mode is not None and mode & _OTHERS else ""
     for name in subject.settings.auth.headers:
         if any(word in name.lower() for word in _SECRET_HEADERS):
-            what = f"auth.headers keeps {name} in the file{open_to_all}"
+            what = f"auth.headers keeps {name} in the configuration{open_to_all}"
             yield Problem(("auth", "headers"), f"{what}; use auth.token_file, or a callable")
     path = subject.settings.auth.token_file
     mode = subject.surroundings.mode(path) if path is not None else None
@@ -124,13 +130,15 @@ def _expiry(header: str) -> float | None:
         ends = claims.get("exp")
     except (binascii.Error, ValueError, AttributeError, RecursionError):
         return None
-    return float(ends) if isinstance(ends, int | float) and not isinstance(ends, bool) else None
+    usable = isinstance(ends, int | float) and not isinstance(ends, bool) and 0 <= ends < 1e15
+    return float(ends) if usable else None
 
 
 def _proxy_of_the_environment(subject: Subject) -> Iterator[Problem]:
+    url = subject.settings.url or "wss://"
     if subject.settings.proxy != "env":
         return
-    for name in _PROXY_VARIABLES:
+    for name in _PROXY_VARIABLES.get(url.partition(":")[0], ()):
         if subject.surroundings.environment.get(name) or subject.surroundings.environment.get(name.lower()):
             what = f"{name} is set here, and proxy is not: the link will go through that proxy where it is set"
             yield Problem(("proxy",), f'{what}; say proxy = "none" or which one')

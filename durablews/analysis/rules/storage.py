@@ -71,9 +71,13 @@ def _cap_reached(subject: Subject) -> Iterator[Problem]:
     }
     yield Problem(
         ("caps", "max_bytes" if loss.cap == "disk" else loss.cap),
-        f"{limits[loss.cap]} is reached {loss.after / 3600:.1f} h into an outage of {span(load.max_outage)}: from then"
-        f" on {follows}",
+        f"{limits[loss.cap]} is reached {_into(loss.after)} into an outage of {span(load.max_outage)}: from then on"
+        f" {follows}",
     )
+
+
+def _into(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else span(round(seconds))
 
 
 def _drops_new(subject: Subject) -> Iterator[Problem]:
@@ -131,7 +135,8 @@ def _durability(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             path,
             f"{rate:g} messages a second, each synced, write about {a_day / 1e9:.1f} GB to flash a day; send_many"
-            " commits several at once, and the caps bound only what waits",
+            " commits several at once",
+            "info",
         )
 
 
@@ -198,7 +203,7 @@ RULES = (
         severity="warning",
         title="durability and what it costs",
         why='"process" survives a kill, not a power cut. "power" syncs each commit, which flash wears from.',
-        sums="bytes a day = rate x measured bytes a message; a warning above 1 message a second (--rate).",
+        sums="bytes a day = rate x measured bytes a message; a note above 1 message a second (--rate).",
         source="sqlite.org/pragma.html#pragma_synchronous; bytes measured with /proc/self/io"
         " (durablews/analysis/load.py).",
         judge=_durability,
