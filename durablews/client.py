@@ -128,7 +128,12 @@ class Client:
     ) -> None:
         assert settings.outbox is not None
         self._settings = settings
-        self._outbox = DrainedOutbox(settings.outbox, durability=settings.durability, caps=settings.caps)
+        self._outbox = DrainedOutbox(
+            settings.outbox,
+            durability=settings.durability,
+            caps=settings.caps,
+            commit_interval=settings.commit_interval,
+        )
         self._outbox.window = settings.delivery.window
         self._events = EventLog()
         self._endpoint = endpoint

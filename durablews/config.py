@@ -162,6 +162,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dialect: str = "durablews.v1"
     #: "power": a commit is synced before `send` returns. "process": it survives a kill, not a power loss.
     durability: Literal["power", "process"] = "power"
+    #: Seconds for which a message may wait for others to share its commit; `send` still returns when it is committed.
+    #: 0.05 makes 20 commits a second at most: flash wears less, and a message takes up to that much longer.
+    commit_interval: Annotated[float, Meta(ge=0, le=10, extra={"kind": _Duration})] = 0.0
     reconnect: ReconnectConfig = ReconnectConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()
     caps: CapsConfig = CapsConfig()

@@ -11,7 +11,7 @@ import sqlite3
 from msgspec import Struct
 from msgspec.structs import replace
 
-from durablews import entries, identity, settlement
+from durablews import entries, identity, settlement, upkeep
 from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
 from durablews.delivery.backlog import READ_AHEAD_MESSAGES
 from durablews.errors import OutboxInUse, StorageFailed
@@ -257,6 +257,10 @@ class DrainedOutbox(Outbox):
         )
         max_age = entries.read_caps(connection).max_age
         settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
+
+    def give_back(self) -> asyncio.Future[bool]:
+        """Give some free pages of the file back; the future says whether there are more."""
+        return self.storage.read(upkeep.give_back)
 
     def confirm_wall_clock(self, server_date: int) -> None:
         """Take a server's Date (ms since 1970 UTC) as a witness of the wall clock.

@@ -24,6 +24,9 @@ _WATCH_INTERVAL = 0.08
 # How often age, counts and the link's note are seen to.
 _UPKEEP_INTERVAL = 1.0
 _NOTE_INTERVAL = 5.0
+# How often it is looked for free pages to be given back, and the pause between two steps of that: whoever wants the
+# outbox meanwhile has it for nine tenths of the time.
+_SPACE_INTERVAL, _SPACE_PAUSE = 5.0, 0.05
 # The clock that counts suspended time has got ahead of the other by so many seconds: the machine slept.
 _SLEPT = 1.0
 # The counts of what a cap has cost, and the words for them.
@@ -67,7 +70,12 @@ class Housekeeping:
 
     def start(self) -> None:
         """Start every watcher."""
-        watchers = {"watch": self._watch(), "upkeep": self._keep_up(), "note": self._note_changes()}
+        watchers = {
+            "watch": self._watch(),
+            "upkeep": self._keep_up(),
+            "note": self._note_changes(),
+            "space": self._give_back(),
+        }
         for name, watcher in watchers.items():
             task = asyncio.create_task(watcher, name=f"durablews {name}")
             task.add_done_callback(self._ended)
@@ -141,6 +149,16 @@ class Housekeeping:
                 else:
                     self._on_moved()
             await asyncio.sleep(_UPKEEP_INTERVAL)
+
+    async def _give_back(self) -> None:
+        """Let the file shrink again after a backlog has gone."""
+        while True:
+            more = False
+            try:
+                more = await self._outbox.give_back()
+            except OutboxError as exc:
+                self._outbox.storage.trouble = exc.what
+            await asyncio.sleep(_SPACE_PAUSE if more else _SPACE_INTERVAL)
 
     def _report_departures(self, before: Counts, now: Counts) -> None:
         left: list[MessagesExpired | MessagesDropped] = []

@@ -42,9 +42,12 @@ class Storage:
         durability: ``"power"``: a commit is synced before it is reported. ``"process"``: it survives a kill only.
         drainer: whether this process drains it, and so checkpoints.
         clock: time.
+        commit_interval: seconds for which a request waits for others to share its commit.
     """
 
-    def __init__(self, path: str, *, durability: str, drainer: bool, clock: Clock) -> None:
+    def __init__(
+        self, path: str, *, durability: str, drainer: bool, clock: Clock, commit_interval: float = 0.0
+    ) -> None:
         self.path = path
         self.clock = clock
         #: What its own drainer is about to send or has sent: no policy of this process takes it. Asked in the loop
@@ -62,6 +65,7 @@ class Storage:
         #: Why owed changes cannot be written just now, as a sentence; None when nothing is owed.
         self.trouble: str | None = None
         self._durability = durability
+        self._commit_interval = commit_interval
         self._drainer = drainer
         self._db: aiosqlite.Connection | None = None
         self._writer: asyncio.Task[None] | None = None
@@ -117,6 +121,8 @@ class Storage:
         if self._closing or self._writer is None or self._writer.done():
             raise OutboxClosed(self.path, "the outbox is closed")
         future: asyncio.Future[list[int | Gap]] = self._loop.create_future()
+        if self._commit_interval and not self._next.requests:
+            self._next.requests_since = self._loop.time()
         self._next.requests.append((drafts, future))
         self._wake.set()
         return future
@@ -209,8 +215,8 @@ class Storage:
         """Return when there is something to do now: acknowledged runs may wait for company."""
         work = self._next
         if self._closing or work.is_urgent:
-            return
-        if not work.runs:
+            pass
+        elif not work.runs:
             await self._wake.wait()
         elif self._deferred:
             # They were left out of a transaction of reads: more acks will come, and whatever comes next ends this.
@@ -219,6 +225,11 @@ class Storage:
             left = work.runs_since + SETTLE_DELAY - asyncio.get_running_loop().time()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, left)):
+                    await self._wake.wait()
+        while self._commit_interval and not self._closing and not work.is_due(self._loop.time(), self._commit_interval):
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(work.requests_since + self._commit_interval):
                     await self._wake.wait()
 
     async def _pause(self, delay: float) -> None:
@@ -233,7 +244,7 @@ class Storage:
 
     def _take(self) -> Work:
         work = self._next
-        self._next = work.split(asyncio.get_running_loop().time())
+        self._next = work.split(self._loop.time(), 0.0 if self._closing else self._commit_interval)
         self._deferred = bool(self._next.runs)
         return work
 

@@ -26,6 +26,8 @@ class Work:
         self.requests: list[tuple[Sequence[Draft], asyncio.Future[list[int | Gap]]]] = []
         self.changes: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
         self.reads: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
+        #: Since when the first request waits (the loop's time); kept only where requests wait for company.
+        self.requests_since = 0.0
         #: Acknowledged, and since when the first of them waits (the loop's time).
         self.runs: list[Run] = []
         self.runs_since = 0.0
@@ -38,6 +40,16 @@ class Work:
         """Whether someone waits for it; acknowledged runs wait for nobody."""
         return bool(self.requests or self.changes or self.reads)
 
+    def is_due(self, now: float, commit_interval: float) -> bool:
+        """Whether there is something to do that must not wait for company, or has waited for it long enough."""
+        return bool(
+            self.changes
+            or self.reads
+            or not self.requests
+            or now >= self.requests_since + commit_interval
+            or len(self.requests) >= _LARGEST_TRANSACTION
+        )
+
     def settle(self, run: Run, now: float) -> None:
         """Add an acknowledged run, joined to the one before it where they touch."""
         if not self.runs:
@@ -47,9 +59,12 @@ class Work:
             run = Run(run.priority, last.first, run.last, last.messages + run.messages, last.bytes + run.bytes)
         self.runs.append(run)
 
-    def split(self, now: float) -> Work:
+    def split(self, now: float, commit_interval: float = 0.0) -> Work:
         """Take out and return what is left for a later transaction."""
         later = Work()
+        later.requests_since = self.requests_since
+        if self.requests and not self.changes and now < self.requests_since + commit_interval:
+            later.requests, self.requests = self.requests, []  # only reads are urgent, which commit nothing
         if self.reads and not self.requests and not self.changes and not self._settling_is_due(now):
             later.runs, self.runs = self.runs, []
             later.runs_since = self.runs_since

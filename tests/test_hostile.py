@@ -141,7 +141,7 @@ async def test_a_full_window_under_a_rate_limit_waits(tmp_path: Path) -> None:
             await server.hear(ws)
 
     async with PlainServer(deaf) as server:
-        delivery = {"rate_limit": 1000, "window": 4, "ack_timeout": 30}
+        delivery = {"rate_limit": 10, "window": 4, "ack_timeout": 30}
         async with client(server.url, tmp_path, delivery=delivery) as ws:
             await ws.send_many(range(50))
             await until(lambda: sum(len(frame["m"]) for frame in server.frames) == 3)
@@ -204,6 +204,20 @@ async def test_a_server_that_never_welcomes_is_no_progress(tmp_path: Path) -> No
         await ws.send("x")
         assert await ws.flush(20) is False
         assert (len(server.times), (await ws.stats()).state) == (3, "DISCONNECTED")
+
+
+async def test_a_connection_that_lasted_begins_the_backoff_anew(tmp_path: Path) -> None:
+    """Counted from the welcome: `stable_after` seconds are progress, also when there was nothing to acknowledge."""
+
+    async def leave(server: PlainServer, ws: ServerConnection) -> None:
+        await server.greet(ws)
+        await asyncio.sleep(0.1)
+
+    retry = {**FAST, "stable_after": 0.05}
+    async with PlainServer(leave) as server, client(server.url, tmp_path, reconnect=retry) as ws:
+        seen = listening(ws)
+        await until(lambda: len([event for event in seen if isinstance(event, Reconnecting)]) >= 4)
+        assert {event.attempt for event in seen if isinstance(event, Reconnecting)} == {1}
 
 
 # -- callables that do what they should not

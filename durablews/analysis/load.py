@@ -234,16 +234,18 @@ def drain_time(messages: int, rate: float, speed: float) -> float:
     return messages / (speed - rate) if speed > rate else math.inf
 
 
-def wear(rate: float, payload: int) -> float:
+def wear(rate: float, payload: int, commit_interval: float = 0.0) -> float:
     """Return the bytes that the medium is given to write in a day, at ``durability="power"``.
 
     Up to 50 messages a second: rate x (39,500 + 8,900 for each overflow page) x 86,400, for each message is taken to be
     committed alone, and so is its ack. What comes above that shares their commits, at 3 times `row_bytes` each. A flash
-    card that erases in large blocks wears by more than it is given; that is not in it.
+    card that erases in large blocks wears by more than it is given; that is not in it. A commit_interval makes 1 /
+    commit_interval commits a second at most.
     """
+    lonely = min(_LONELY, 1 / commit_interval) if commit_interval else _LONELY
     alone = _ALONE + _OVERFLOW_WRITTEN * _split(payload)[1]
     shared = min(alone, _SHARED * row_bytes(payload))
-    return _DAY * (min(rate, _LONELY) * alone + max(0.0, rate - _LONELY) * shared)
+    return _DAY * (min(rate, lonely) * alone + max(0.0, rate - lonely) * shared)
 
 
 def heartbeat_traffic(interval: float) -> float:
@@ -262,7 +264,7 @@ def sums(settings: Settings, load: Load) -> list[Sum]:
         found.append(_loss_sum(loss, rate, outage))
         found.extend(_drain_sums(settings, load, rate, kept(settings.caps, load, rate, outage)))
     if rate is not None and payload is not None and settings.durability == "power":
-        found.append(_wear_sum(rate, payload))
+        found.append(_wear_sum(rate, payload, settings.commit_interval))
     found.extend(_traffic_sums(settings, load))
     return found
 
@@ -341,9 +343,10 @@ def _drain_sums(settings: Settings, load: Load, rate: float, messages: int) -> l
     return [Sum(name="drain_time", value=None if seconds == math.inf else seconds, text=text)]
 
 
-def _wear_sum(rate: float, payload: int) -> Sum:
-    written = wear(rate, payload)
-    how = "each committed alone, and its ack too" if rate <= _LONELY else f"those above {_LONELY:g} a second together"
+def _wear_sum(rate: float, payload: int, commit_interval: float) -> Sum:
+    written = wear(rate, payload, commit_interval)
+    lonely = min(_LONELY, 1 / commit_interval) if commit_interval else _LONELY
+    how = "each committed alone, and its ack too" if rate <= lonely else f"those above {lonely:g} a second together"
     each = written / rate / _DAY
     return Sum(
         name="wear_per_day",

@@ -131,11 +131,11 @@ def _durability(subject: Subject) -> Iterator[Problem]:
             " the device has a battery",
         )
     elif rate is not None and rate > _MANY_COMMITS:
-        a_day = wear(rate, subject.load.payload or 200)
+        a_day = wear(rate, subject.load.payload or 200, subject.settings.commit_interval)
         yield Problem(
             path,
             f"{rate:g} messages a second, each synced, write about {a_day / 1e9:.1f} GB to flash a day; send_many"
-            " commits several at once",
+            " commits several at once, and so does commit_interval (it waits for them)",
             "info",
         )
 
