@@ -264,8 +264,8 @@ class Link:
         elif beat is Beat.PING:
             self._before_ping, self._moved_at = self._handed, now
             if self._heartbeat.application:
-                self._ping_number += 1
-                if self._delivery.ping(self._ping_number):
+                if self._delivery.ping(self._ping_number + 1):
+                    self._ping_number += 1
                     self._pings = {self._ping_number: now, **dict(list(self._pings.items())[:9])}
                     self._sendable.set()
                     return
