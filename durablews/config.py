@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from durablews.backoff import Backoff
 from durablews.errors import ConfigError
 
 __all__ = [
@@ -75,6 +76,17 @@ class ReconnectConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     connect_timeout: Seconds = 10.0
     #: Seconds connected after which the backoff starts anew; an ack does that at once.
     stable_after: Seconds = 60.0
+
+    def backoff(self, random: Callable[[], float]) -> Backoff:
+        """Return the delays that these settings make; `random` is a source of floats in [0, 1)."""
+        return Backoff(
+            base_delay=self.base_delay,
+            max_delay=self.max_delay,
+            factor=self.factor,
+            jitter=self.jitter,
+            first_delay=self.first_delay,
+            random=random,
+        )
 
 
 class HeartbeatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,6 @@ from email.utils import parsedate_to_datetime
 from msgspec import Struct
 from msgspec.structs import replace
 
-from durablews.backoff import Backoff
 from durablews.config import ReconnectConfig
 from durablews.delivery.suspicion import Closed
 
@@ -108,14 +107,7 @@ class Reconnection:
 
     def __init__(self, config: ReconnectConfig, random: Callable[[], float]) -> None:
         self._config = config
-        self._backoff = Backoff(
-            base_delay=config.base_delay,
-            max_delay=config.max_delay,
-            factor=config.factor,
-            jitter=config.jitter,
-            first_delay=config.first_delay,
-            random=random,
-        )
+        self._backoff = config.backoff(random)
         self._random = random
         #: Tries that failed in a row.
         self.failures = 0

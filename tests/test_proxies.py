@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import os
 import subprocess
@@ -14,15 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 from certificates import Certificates, SecureServer, certificates_fixture  # noqa: F401 - pytest looks for it here
+from looking import Look, look_fixture, shown  # noqa: F401 - pytest looks for it here
 from proxies import HttpProxy, Proxy, SocksProxy
-from servers import ENVIRONMENT, FAST, PlainServer, until, until_true
+from servers import ENVIRONMENT, FAST, PlainServer, until
 
 import durablews
-from durablews import cli, housekeeping
+from durablews import cli
 from durablews.client import Client
 from durablews.events import Failed
-
-Look = Callable[[], dict[str, Any]]
 
 USER, PASSWORD = "conspicuous", "unmistakable"
 
@@ -35,40 +33,9 @@ def _no_proxy_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def look(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Look:
-    """Return what `durablews inspect --json` says about the link, with notes as quick as the tests."""
-    monkeypatch.setattr(housekeeping, "_NOTE_INTERVAL", 0.01)
-
-    def link() -> dict[str, Any]:
-        assert cli.main(["inspect", str(tmp_path / "agent.db"), "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)["link"]
-        return found
-
-    return link
-
-
 def client(url: str, path: Path, **settings: Any) -> Client:
     given = {"reconnect": FAST, "dialect": "durablews.v1.json", "delivery": {"drain_timeout": 0}}
     return durablews.connect(url, path / "agent.db", **{**given, **settings})
-
-
-async def shown(ws: Client, look: Look, text: str, *, blocked: bool) -> None:
-    """Wait until a reason is in `stats` and in `durablews inspect`, with what only the owner can mend or without."""
-
-    async def in_stats() -> bool:
-        stats = await ws.stats()
-        return text in (stats.reason or "") and (stats.blocked is not None) == blocked
-
-    def in_note() -> bool:
-        link = look()
-        return text in (link["reason"] or "") and (link["blocked"] is not None) == blocked
-
-    try:
-        await until_true(in_stats)
-        await until(in_note)
-    except TimeoutError:
-        pytest.fail(f"{text!r}, blocked: {blocked}, is not what {await ws.stats()} and {look()} say")
 
 
 # -- through them

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import ssl
@@ -18,14 +17,12 @@ from typing import Any
 
 import pytest
 from certificates import Certificates, Pair, SecureServer, certificates_fixture  # noqa: F401 - pytest looks for it here
-from servers import ENVIRONMENT, FAST, PlainServer, until, until_true
+from looking import Look, look_fixture, shown  # noqa: F401 - pytest looks for it here
+from servers import ENVIRONMENT, FAST, PlainServer, until
 
 import durablews
-from durablews import cli, housekeeping
 from durablews.client import Client
 from durablews.errors import ConfigError
-
-Look = Callable[[], dict[str, Any]]
 
 
 def client(url: str, path: Path, certificates: Certificates | None, **settings: Any) -> Client:
@@ -33,37 +30,6 @@ def client(url: str, path: Path, certificates: Certificates | None, **settings: 
         settings.setdefault("tls", {"ca_file": certificates.ca_file})
     given = {"reconnect": FAST, "proxy": None, "dialect": "durablews.v1.json", "delivery": {"drain_timeout": 0}}
     return durablews.connect(url, path / "agent.db", **{**given, **settings})
-
-
-@pytest.fixture
-def look(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Look:
-    """Return what `durablews inspect --json` says about the link, with notes as quick as the tests."""
-    monkeypatch.setattr(housekeeping, "_NOTE_INTERVAL", 0.01)
-
-    def link() -> dict[str, Any]:
-        assert cli.main(["inspect", str(tmp_path / "agent.db"), "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)["link"]
-        return found
-
-    return link
-
-
-async def shown(ws: Client, look: Look, text: str, *, blocked: bool) -> None:
-    """Wait until a reason is in `stats` and in `durablews inspect`, with what only the owner can mend or without."""
-
-    async def in_stats() -> bool:
-        stats = await ws.stats()
-        return text in (stats.reason or "") and (stats.blocked is not None) == blocked
-
-    def in_note() -> bool:
-        link = look()
-        return text in (link["reason"] or "") and (link["blocked"] is not None) == blocked
-
-    try:
-        await until_true(in_stats)
-        await until(in_note)
-    except TimeoutError:
-        pytest.fail(f"{text!r}, blocked: {blocked}, is in neither of {await ws.stats()} and {look()}")
 
 
 # -- servers that are not who they should be

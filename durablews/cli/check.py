@@ -228,18 +228,10 @@ def _courses(subject: Subject, seed: int) -> dict[str, Course]:
     from random import Random
 
     from durablews.analysis.fleet import comparisons, simulate
-    from durablews.backoff import Backoff
 
     outage, reconnect = subject.fleet, subject.settings.reconnect
     assert outage is not None
-    ours = Backoff(
-        base_delay=reconnect.base_delay,
-        max_delay=reconnect.max_delay,
-        factor=reconnect.factor,
-        jitter=reconnect.jitter,
-        first_delay=reconnect.first_delay,
-        random=Random(seed).random,
-    )
+    ours = reconnect.backoff(Random(seed).random)
     with _Progress() as progress:
         courses = {
             "this configuration": simulate(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from durablews.analysis.findings import Problem, Rule
 from durablews.analysis.subject import Subject, span
-from durablews.backoff import Backoff
 from durablews.config import ReconnectConfig
 
 __all__ = ["RULES"]
@@ -99,14 +98,7 @@ def _gives_up(subject: Subject) -> Iterator[Problem]:
 def _longest_wait(reconnect: ReconnectConfig) -> float:
     """Return the sum of the windows of all tries that `max_retries` allows; jitter only makes it less."""
     retries = reconnect.max_retries or 0
-    backoff = Backoff(
-        base_delay=reconnect.base_delay,
-        max_delay=reconnect.max_delay,
-        factor=reconnect.factor,
-        jitter=reconnect.jitter,
-        first_delay=reconnect.first_delay,
-        random=lambda: 1.0,
-    )
+    backoff = reconnect.backoff(lambda: 1.0)
     total, last = backoff.first_delay, backoff.first_delay
     for attempt in range(1, retries):
         window = backoff.window(attempt)
