@@ -60,8 +60,11 @@ def give_back(connection: sqlite3.Connection) -> bool:
     Raises:
         sqlite3.Error: the disk failed.
     """
-    free = _ask(connection, "freelist_count")
-    if free <= _KEPT or 2 * free < _ask(connection, "page_count") or _ask(connection, "auto_vacuum") != 2:
+    free, pages = _ask(connection, "freelist_count"), _ask(connection, "page_count")
+    if _ask(connection, "auto_vacuum") != 2:
+        return False
+    if free <= _KEPT or 2 * free < pages:
+        _cut(connection, pages)
         return False
     if connection.execute("SELECT messages FROM durablews_totals").fetchone()[0] > _NEARLY_EMPTY:
         return False
@@ -75,6 +78,14 @@ def give_back(connection: sqlite3.Connection) -> bool:
     finally:
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
     return True
+
+
+def _cut(connection: sqlite3.Connection, pages: int) -> None:
+    """Let the file end where the database does, which only a checkpoint brings about; not while someone reads the log."""
+    path = connection.execute("PRAGMA database_list").fetchone()[2]
+    size = pages * _ask(connection, "page_size")
+    if path and os.stat(path).st_size > size:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 def _ask(connection: sqlite3.Connection, pragma: str) -> int:
