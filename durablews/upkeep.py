@@ -81,7 +81,7 @@ def give_back(connection: sqlite3.Connection) -> bool:
 
 
 def _cut(connection: sqlite3.Connection, pages: int) -> None:
-    """Let the file end where the database does, which only a checkpoint brings about; not while someone reads the log."""
+    """Let the file end where the database does: a checkpoint brings that about, unless someone reads the log."""
     path = connection.execute("PRAGMA database_list").fetchone()[2]
     size = pages * _ask(connection, "page_size")
     if path and os.stat(path).st_size > size:

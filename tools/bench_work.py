@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import durablews
 from bench_servers import serving, stamped
+from bench_ticker import lateness
+
+import durablews
 from durablews.schema import migrations, split_statements
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Failed",
     "Work",
     "append_and_sync",
+    "busy_ticker",
     "drain",
     "drain_deep",
     "drain_file",
@@ -36,6 +39,7 @@ __all__ = [
     "drain_to_serve",
     "fill_both",
     "fill_one",
+    "idle_ticker",
     "imports_peak",
     "insert_directly",
     "inspect_time",
@@ -170,14 +174,13 @@ def drain_single(work: Work) -> float:
     path = work.folder / "single.db"
     messages = max(64, work.messages // 64 * 64)  # every 64th frame is acknowledged, and so must be the last
     asyncio.run(_store_many(path, messages))
-    with (
-        serving("plain", "--every", "64") as server,
-        mock.patch("durablews.delivery.delivery.BATCH_MESSAGES", 1),
-    ):
-        rate = asyncio.run(drain_file(server.url, path, messages))
-        report = server.report()
-    if report["frames"] != messages:
-        raise Failed(f"{messages} messages came in {report['frames']} frames: a batch of 1 is no longer set this way")
+    with serving("plain", "--every", "64") as server:
+        # Created, so that where the name is gone the count below says so.
+        with mock.patch("durablews.delivery.delivery.BATCH_MESSAGES", 1, create=True):
+            rate = asyncio.run(drain_file(server.url, path, messages))
+        frames = server.report()["frames"]
+    if frames != messages:
+        raise Failed(f"{messages} messages came in {frames} frames: a batch of 1 is no longer set this way")
     return rate
 
 
@@ -375,3 +378,13 @@ def imports_peak(work: Work) -> float:
 def python_time(work: Work) -> float:
     """Milliseconds of a whole process of `python -c pass`; median of five."""
     return _process_time([sys.executable, "-c", "pass"])
+
+
+def busy_ticker(work: Work) -> float:
+    """Milliseconds by which one tick in a thousand is late beside 1000 sends a second, each sync 20 ms late."""
+    return lateness(work.folder, busy=True, seconds=max(0.2, work.messages / 1000))
+
+
+def idle_ticker(work: Work) -> float:
+    """The same beside an outbox that does nothing."""
+    return lateness(work.folder, busy=False, seconds=max(0.2, work.messages / 1000))
