@@ -31,10 +31,14 @@ class Target(Struct, frozen=True, kw_only=True):
 
     def discreet(self, text: str) -> str:
         """Return what a server says without what it was told: some repeat the token that they refuse."""
-        query = parse_qsl(urlsplit(self.url).query, keep_blank_values=True)
-        told = [*self.headers.values(), *(value for _, value in query)]
+        parts = urlsplit(self.url)
+        query = [value for _, value in parse_qsl(parts.query)] + [
+            pair.partition("=")[2] for pair in parts.query.split("&")
+        ]
+        told = [*self.headers.values(), *query, parts.username or "", parts.password or ""]
         # "Bearer abc" is also "abc". Longest first, so that no rest is left of one that begins another.
-        secrets = {word for value in told for word in (value, *value.split()) if len(word) >= _SHORTEST_SECRET}
+        words = {word for value in told for word in (value, value.rpartition(" ")[2])}
+        secrets = {word for word in words if len(word) >= _SHORTEST_SECRET}
         for secret in sorted(secrets, key=len, reverse=True):
             text = text.replace(secret, "...")
         return text

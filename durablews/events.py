@@ -57,7 +57,7 @@ class Failed(Struct, frozen=True):
     `error` is one of ``credentials`` (401, 403, or an `on_open` that raised PermissionError), ``http`` (another
     status), ``redirect``, ``handshake`` (no WebSocket server), ``subprotocol``, ``dns``, ``network`` (refused, reset,
     unreachable), ``timeout``, ``tls``, ``certificate``, ``proxy``, ``provider`` (a callable for url, headers or token),
-    ``on_open``, ``settings``.
+    ``on_open``, ``settings``, ``defect`` (one of durablews' own).
     """
 
     kind: ClassVar[str] = "error"
