@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from servers import ENVIRONMENT
 
-BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+BENCH = TOOLS / "bench.py"
 
 #: What is to be measured, and how good it must be. None: no goal is set.
 GOALS = {
@@ -71,3 +72,61 @@ def test_what_is_not_there_is_refused(tmp_path: Path, arguments: list[str]) -> N
     """An unknown row, no rounds, no number: wrong usage, and nothing measured."""
     said = bench(tmp_path, *arguments)
     assert (said.returncode, said.stdout) == (2, "")
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the benchmark's modules be imported, as they are when it runs."""
+    monkeypatch.syspath_prepend(TOOLS)
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize(
+    ("name", "ours", "baseline", "value", "reached"),
+    [
+        ("drain", [300.0, 500.0, 800.0], [100.0, 100.0, 100.0], 5.0, True),
+        ("drain", [300.0, 100.0, 800.0], [100.0, 100.0, 100.0], 3.0, False),
+        ("online", [3.0, 1.5, 1.0], [1.0, 1.0, 1.0], 1.5, True),
+        ("online", [3.0, 1.7, 1.0], [1.0, 1.0, 1.0], 1.7, False),
+        ("memory", [40.0, 39.0, 90.0], [28.0, 28.0, 28.0], 12.0, True),
+        ("memory", [41.0, 39.0, 90.0], [28.0, 28.0, 28.0], 13.0, False),
+        ("drain-serve", [1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 0.5, None),
+    ],
+)
+def test_a_goal_is_judged_by_its_kind(
+    name: str, ours: list[float], baseline: list[float], value: float, reached: bool | None
+) -> None:
+    """More is better for a rate, less for a latency and for memory; each round is compared with its own baseline."""
+    from bench_rows import ROWS
+    from bench_table import compare
+
+    figures = compare(next(row for row in ROWS if row.name == name), ours, baseline)
+    assert (figures.value.median, figures.reached) == (value, reached)
+
+
+@pytest.mark.usefixtures("tools")
+def test_every_peer_has_its_work_and_says_what_it_promises() -> None:
+    """A peer of the table is one that can be run, and what it promises for a message that was put stands there."""
+    from bench_peer_work import PEERS as WORK
+    from bench_peers import PEERS
+
+    assert {peer.name for peer in PEERS if peer.run is None} == set(WORK)
+    assert all(peer.durability and peer.work for peer in PEERS)
+
+
+def test_a_peer_that_is_not_there_costs_nobody_else_a_line(tmp_path: Path) -> None:
+    """Without its server a peer is skipped with a word; durablews has its figures all the same."""
+    (tmp_path / "bin").mkdir()
+    command = [sys.executable, str(TOOLS / "bench_peers.py"), "--only", "durablews", "--only", "paho-c", "--json"]
+    said = subprocess.run(
+        [*command, "--folder", str(tmp_path), "--rounds", "1", "--messages", "200"],
+        env={**ENVIRONMENT, "PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert said.returncode == 0, said.stderr
+    peers = json.loads(said.stdout)["peers"]
+    assert list(peers) == ["durablews", "paho-c"]
+    assert peers["durablews"]["through_per_second"]["median"] > 0
+    assert peers["paho-c"]["skipped"] == "cc is not installed (apt install gcc)"
