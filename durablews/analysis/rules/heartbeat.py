@@ -73,7 +73,7 @@ def _detection(subject: Subject) -> Iterator[Problem]:
     if found_after > subject.stale_after:
         sum_ = f"{span(interval)} x {heartbeat.max_missed} + {span(heartbeat.timeout)}"
         yield Problem(
-            ("heartbeat",),
+            ("heartbeat", "interval"),
             f"a dead link is found only after {sum_} = {span(found_after)}, and {span(subject.stale_after)} is"
             " asked for (--stale-after); use a shorter interval, or fewer misses",
         )
