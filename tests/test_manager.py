@@ -4,45 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import logging
 import math
 import sqlite3
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from looking import Look, look_fixture  # noqa: F401 - pytest looks for it here
 from servers import FAST, VISIBLE, PlainServer, until, until_true
 from websockets.asyncio.server import ServerConnection
 
 import durablews
-from durablews import cli, housekeeping
 from durablews.client import Client
 from durablews.dialling import server_date
 from durablews.errors import StorageFailed
-
-Look = Callable[[], dict[str, Any]]
 
 
 def client(server: PlainServer, path: Path, **settings: Any) -> Client:
     given = {"reconnect": FAST, "proxy": None, "dialect": "durablews.v1.json", **settings}
     given["delivery"] = {"drain_timeout": 0, **settings.get("delivery", {})}
     return durablews.connect(given.pop("url", server.url), path / "agent.db", **given)
-
-
-@pytest.fixture
-def look(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Look:
-    """Return what `durablews inspect --json` says about the link, with notes as quick as the tests."""
-    monkeypatch.setattr(housekeeping, "_NOTE_INTERVAL", 0.01)
-
-    def link() -> dict[str, Any]:
-        assert cli.main(["inspect", str(tmp_path / "agent.db"), "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)["link"]
-        return found
-
-    return link
 
 
 async def send_all(ws: Client, count: int = 30) -> list[tuple[int, Any]]:

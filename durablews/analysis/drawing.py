@@ -17,6 +17,7 @@ from textwrap import wrap
 from typing import NamedTuple
 
 from durablews.analysis.fleet import Course, Outage
+from durablews.visible import printable
 
 __all__ = ["svg", "terminal"]
 
@@ -180,7 +181,7 @@ def _table(courses: Mapping[str, Course], columns: int, paint: Callable[..., str
         rows = [[*row, f"{course.given_up:,}"] for row, course in zip(rows, courses.values(), strict=True)]
     table = [[above for above, _ in head], [below for _, below in head], *rows]
     widths = [max(len(row[number]) for row in table) for number in range(1, len(head))]
-    names = min(max(_width(_visible(row[0])) for row in table), columns - sum(widths) - 2 * len(widths))
+    names = min(max(_width(printable(row[0])) for row in table), columns - sum(widths) - 2 * len(widths))
     for number, (name, *figures) in enumerate(table):
         name = _fit(name, names)
         line = name + " " * (names - _width(name))
@@ -211,18 +212,13 @@ def _subject(outage: Outage) -> str:
     )
 
 
-def _visible(text: str) -> str:
-    """Return `text` with everything that is not a visible character escaped: a terminal obeys some of them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _fit(text: str, cells: int) -> str:
     """Return `text` made visible, and cut to so many cells of a terminal."""
-    text = _visible(text)
+    text = printable(text)
     if _width(text) <= cells:
         return text
     while text and _width(text) >= cells:

@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct
 
 from durablews.config import CapsConfig, Settings
 from durablews.errors import ConfigError
+from durablews.heartbeat import SHORTEST_INTERVAL
 
 __all__ = [
     "MAX_BYTES",
@@ -84,8 +85,6 @@ _LONELY = 50.0
 # Computed, TLS 1.3 over IPv4: a ping and a pong with 4 bytes each, masked one way (10 + 6), with 22 of TLS and 52 of
 # TCP and IP, and one bare TCP ack: 84 + 80 + 52.
 _HEARTBEAT = 216
-# Where the adaptive interval goes on a quick link (durablews/heartbeat.py).
-_SHORTEST_INTERVAL = 15.0
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -356,7 +355,7 @@ def _wear_sum(rate: float, payload: int, commit_interval: float) -> Sum:
 
 
 def _traffic_sums(settings: Settings, load: Load) -> list[Sum]:
-    interval = _SHORTEST_INTERVAL if settings.heartbeat.adaptive else settings.heartbeat.interval
+    interval = SHORTEST_INTERVAL if settings.heartbeat.adaptive else settings.heartbeat.interval
     beats = heartbeat_traffic(interval)
     text = f"heartbeats in a month: {_HEARTBEAT} B x {_MONTH:,} s / {interval:g} s = {_size(beats)} on a silent link"
     found = [Sum(name="heartbeat_traffic", value=beats, text=text)]

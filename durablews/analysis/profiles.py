@@ -5,7 +5,6 @@ The figures are in ``profiles.toml`` beside this module, each with its source. O
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from durablews.config import parse_duration, parse_size
+from durablews.config import did_you_mean, parse_duration, parse_size
 from durablews.errors import ConfigError
 
 __all__ = ["Figure", "Profile", "parse_profiles", "profile_named", "profiles"]
@@ -72,8 +71,7 @@ def profile_named(name: str) -> Profile:
     known = profiles()
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
+    hint = did_you_mean(name.lower(), known) or ";"
     raise ConfigError(f"there is no profile {name!r}{hint} there are: {', '.join(sorted(known))}")
 
 

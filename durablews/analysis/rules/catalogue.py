@@ -25,8 +25,8 @@ def rule_named(code: str) -> Rule:
     try:
         return RULES[code.strip().upper()]
     except KeyError:
-        hint = did_you_mean(code.strip().upper(), RULES)
-        raise ConfigError(f"there is no rule {code!r}{hint}; `durablews check --list-rules` lists them") from None
+        hint = did_you_mean(code.strip().upper(), RULES) or ";"
+        raise ConfigError(f"there is no rule {code!r}{hint} `durablews check --list-rules` lists them") from None
 
 
 def selected(codes: Iterable[str]) -> frozenset[str]:
