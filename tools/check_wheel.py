@@ -100,6 +100,8 @@ def _use(wheel: Path, scratch: Path) -> None:
     _run([command, "send", "x.db", '{"a":1}'], cwd=elsewhere)
     snapshot = json.loads(_run([command, "inspect", "x.db", "--json"], cwd=elsewhere))
     _expect(snapshot["pending"] == 1, f"one message was sent and {snapshot['pending']} are pending")
+    profiles = _run([command, "check", "--list-profiles"], cwd=elsewhere)  # from a data file
+    _expect("aws-alb" in profiles, f"durablews check knows no aws-alb, but {profiles!r}")
     print(f"durablews {facts['version']} works from its wheel")
 
 
