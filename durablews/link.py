@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -42,21 +40,19 @@ from durablews.events import (
     MessagesSent,
 )
 from durablews.heartbeat import Beat, Heartbeat
-from durablews.messages import Refusal
+from durablews.messages import Refusal, Run
 from durablews.wire.dialect import Introduction, Wire
+from durablews.writing import queued_bytes, write_messages
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
-
-if sys.platform == "linux":
-    import fcntl
 
 __all__ = ["Link"]
 
 # While frames are still to be taken by a slow socket, look so often how far it is (seconds).
 _PROGRESS_LOOK = 0.1
-# linux/sockios.h: bytes that were written to a TCP socket and that the other end has not acknowledged (tcp(7)).
-_SIOCOUTQ = 0x5411
+# Frames are written together, a system call for so many or so many bytes: more would not make them cheaper.
+_WRITE_FRAMES, _WRITE_BYTES = 64, 64 * 1024
 
 
 class Link:
@@ -99,6 +95,8 @@ class Link:
         self._seen_handed = self._seen_queued = 0
         self._moved_at = 0.0
         self._pings: dict[int, float] = {}
+        # What is being written and will be an event.
+        self._sent: list[Run] = []
         self._ping_number = 0
         self._defect: Exception | None = None
         #: Seconds that the server asked the client to stay away.
@@ -214,22 +212,35 @@ class Link:
         """Send whatever may go; a socket that takes nothing holds up only this task."""
         while True:
             self._sendable.clear()
-            while (frame := self._delivery.frame_to_send(self._now())) is not None:
-                sent = self._delivery.sent
-                self._carry_out()
-                self._handed += len(frame)
+            while frames := self._frames_to_send():
                 self._changed.set()
-                await self._websocket.send(frame, text=self._wire.text)
+                await write_messages(self._websocket, frames, text=self._wire.text)
                 self._report_taken(self._now())
-                if sent is not None and self._events.wanted:
-                    self._events.put(MessagesSent(sent.priority, sent.first, sent.last, sent.messages))
-            self._carry_out()
+                for run in self._sent:
+                    self._events.put(MessagesSent(run.priority, run.first, run.last, run.messages))
             await self._sendable.wait()
+
+    def _frames_to_send(self) -> list[bytes]:
+        """Return the frames that may go now, as far as they are written together."""
+        frames: list[bytes] = []
+        room, now, is_told = _WRITE_BYTES, self._now(), self._events.wanted
+        self._sent.clear()
+        while len(frames) < _WRITE_FRAMES and room > 0:
+            frame = self._delivery.frame_to_send(now)
+            if frame is None:
+                break
+            frames.append(frame)
+            room -= len(frame)
+            self._handed += len(frame)
+            if is_told and (run := self._delivery.sent) is not None:
+                self._sent.append(run)
+        self._carry_out()
+        return frames
 
     # -- between them
 
     def _report_taken(self, now: float) -> None:
-        queued = self._websocket.transport.get_write_buffer_size() + self._unacknowledged()
+        queued = queued_bytes(self._websocket)
         # Only a queue that shrinks while nothing is added proves that the other end takes something: under compression
         # a frame adds less to the queue than to what was handed.
         shrinks = queued < self._seen_queued and self._handed == self._seen_handed
@@ -242,19 +253,6 @@ class Link:
             self._taken = taken
             self._delivery.taken(taken, now)
             self._sendable.set()
-
-    def _unacknowledged(self) -> int:
-        """Return how many bytes the other end's system has not acknowledged; 0 where this system does not tell.
-
-        A kernel takes megabytes at once for a link of 2 kB/s: what it has taken says nothing about the link.
-        """
-        if sys.platform != "linux":
-            return 0
-        try:
-            answer = fcntl.ioctl(self._websocket.transport.get_extra_info("socket"), _SIOCOUTQ, bytes(4))
-        except (OSError, TypeError, ValueError):
-            return 0  # closed just now, or no TCP socket: a UNIX one, or one of a proxy's making
-        return int(struct.unpack("i", answer)[0])
 
     def _beat(self, now: float) -> None:
         beat = self._heartbeat.due(now)

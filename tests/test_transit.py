@@ -58,6 +58,17 @@ def test_small_talk_proves_nothing() -> None:
     assert transit.limit == 32 * KIB
 
 
+def test_many_small_frames_at_once_open_a_quick_link_as_large_ones_do() -> None:
+    """A message a frame: what is written together is one round, or the link would stay at what it begins with."""
+    transit, now = Transit(30), 0.0
+    for _ in range(10):
+        while not transit.is_full:
+            transit.hand(300, now)
+        now += 0.001
+        transit.take(transit.handed, now)
+    assert transit.limit >= 1024 * KIB
+
+
 def test_a_new_connection_begins_small_again() -> None:
     """It may be another path: with 128 KiB at most, and with what a slow one had taught."""
     transit = Transit(30)

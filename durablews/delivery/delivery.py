@@ -48,6 +48,7 @@ __all__ = ["Delivery"]
 
 # So many frames of the dialect's own may wait for a socket that takes none: memory is bounded (P6).
 _MOST_REPLIES = 100
+_NO_LIMIT = 2**62
 
 
 class Delivery:
@@ -84,14 +85,14 @@ class Delivery:
         self._ready = self._closing = self._rewound = False
         self._deadlines = Deadlines(self._config.ack_timeout)
         self._window = 0
-        self._max_bytes: int | None = None
+        self._max_bytes = _NO_LIMIT
         self._astray = 0
         #: Whether nothing but `rate_limit` kept messages back when `frame_to_send` looked last.
         self._is_paced = False
         #: Whether this connection brought an ack.
         self.progressed = False
-        #: The run of the frame that `frame_to_send` gave last; None when it held no messages.
-        self.sent: Run | None = None
+        # The messages of the frame that `frame_to_send` gave last.
+        self._sent: list[Entry] = []
 
     # -- the connection
 
@@ -216,13 +217,13 @@ class Delivery:
         if answer.rewound:
             if self._rewound:
                 self._close(4400, "rewound twice, the second time with a new stream")
-                return
-            self._rewound = True
-            self._actions.append(RenewStream())
+            else:
+                self._rewound = True
+                self._actions.append(RenewStream())
             return
         self._ready = True
         self._backlog.stored()
-        self._max_bytes = answer.max_bytes
+        self._max_bytes = _NO_LIMIT if answer.max_bytes is None else answer.max_bytes
         self._window = self._config.window if answer.window is None else min(answer.window, self._config.window)
         self._actions.append(Welcomed(answer.max_bytes))
 
@@ -315,11 +316,15 @@ class Delivery:
 
     def frame_to_send(self, now: float) -> bytes | None:
         """Return the next frame for the server, or None when there is none now."""
-        self.sent = None
-        frame = self._frames.pop(0) if self._frames else self._next_messages(now)
-        if frame is not None:
+        self._sent = []
+        if (frame := self._frames.pop(0) if self._frames else self._next_messages(now)) is not None:
             self._transit.hand(len(frame), now)
         return frame
+
+    @property
+    def sent(self) -> Run | None:
+        """The run of the frame that `frame_to_send` gave just now; None when it held no messages."""
+        return run_of(self._sent) if self._sent else None
 
     def _next_messages(self, now: float) -> bytes | None:
         self._is_paced = False
@@ -329,34 +334,30 @@ class Delivery:
             if lane is None or not batch:
                 return None
             limit = self._max_bytes
-            frame = self._wire.encode(lane.priority, lane.after, batch)
-            while limit is not None and len(frame) > limit and len(batch) > 1:
+            while len(frame := self._wire.encode(lane.priority, lane.after, batch)) > limit and len(batch) > 1:
                 del batch[(len(batch) + 1) // 2 :]
-                frame = self._wire.encode(lane.priority, lane.after, batch)
-            if limit is not None and len(frame) > limit:
+            if len(frame) > limit:
                 self._pass_over(lane, SetAside(lane.priority, batch[0].seq, too_large(batch[0], len(frame), limit)))
                 continue
             transmission = Transmission(batch, self._transit.handed + len(frame), now)
             self._transit.track(transmission)
             self._backlog.sent(lane, transmission)
-            self.sent = run_of(batch)
+            self._sent = batch
             self._pacing.spend(len(batch))
             return frame
         return None
 
     def _batch(self, lane: Lane, now: float) -> list[Entry]:
         """Return the first entries of a lane that may go in one frame now."""
-        window = max(1, self._sizing.scaled(self._window)) if self._window else 0
+        scaled = self._sizing.scaled
+        window = max(1, scaled(self._window)) if self._window else 0
         if self._suspicion.alone:
             window = min(window, 1)
-        most = min(self._backlog.places(lane, window), self._sizing.scaled(BATCH_MESSAGES))
-        frame_room = min(self._sizing.scaled(BATCH_BYTES), self._transit.frame)
-        if self._max_bytes is not None:
-            frame_room = min(frame_room, self._max_bytes)
-        room = self._sizing.scaled(self._config.window_bytes) - self._backlog.bytes
-        most = min(most, len(lane.ready))
+        most = min(self._backlog.places(lane, window), scaled(BATCH_MESSAGES), len(lane.ready))
         allowed = self._pacing.allowed(now, most)
         self._is_paced = allowed < 1 <= most
+        frame_room = min(scaled(BATCH_BYTES), self._transit.frame, self._max_bytes)
+        room = scaled(self._config.window_bytes) - self._backlog.bytes
         return self._backlog.batch(lane, now, most=allowed, room=room, frame_room=frame_room)
 
     def taken(self, total: int, now: float) -> None:
@@ -391,8 +392,7 @@ class Delivery:
         lanes = self._backlog.lanes.values()
         if self._deadlines.is_late(lanes, now):
             self._sizing.timed_out()
-        close = self._deadlines.due(lanes, now)
-        if close is not None:
+        if (close := self._deadlines.due(lanes, now)) is not None:
             self._close(close.code, close.reason)
 
     def _is_pausing(self) -> bool:

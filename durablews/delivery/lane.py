@@ -69,9 +69,8 @@ class Lane:
 
     def send(self, transmission: Transmission) -> None:
         """Move the first entries of `ready` into flight."""
-        self.ready_bytes -= sum([entry.bytes for entry in transmission.entries])
-        for _ in transmission.entries:
-            self.ready.popleft()
+        popleft = self.ready.popleft
+        self.ready_bytes -= sum([popleft().bytes for _ in transmission.entries])
         self.flight.append(transmission)
         self.after = transmission.entries[-1].seq
 

@@ -62,7 +62,9 @@ class Transit:
     def hand(self, size: int, now: float) -> None:
         """Take note that a frame of `size` bytes was handed out."""
         self.handed += size
-        if self._round is None:
+        # What is handed out at one moment is written together, and one round: the first of many small frames by itself
+        # would never show what the link can carry.
+        if self._round is None or self._round[2] == now:
             self._begin_round(now)
 
     def track(self, transmission: Transmission) -> None:
