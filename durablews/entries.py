@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -21,15 +22,28 @@ __all__ = ["Caps", "Claims", "Gap", "enqueue", "last_sequence", "outbox_time", "
 #: What its own drainer holds, and no policy may take: priority -> first and last sequence.
 Claims = Mapping[int, tuple[int, int]]
 
-_COLUMNS = "(priority, created_at, born, ttl, topic, headers, bytes, checksum, payload)"
-_ROW = "(?,?,?,?,?,?,?,?,?)"
 # 64 rows a statement cost 2.9 µs each, executemany 4.9 (1000 rows a transaction, measured); and each step of SQLite
 # gives up the interpreter lock, which a busy event loop returns after 5 ms. Powers of two: seven steps for any rest.
 _LARGEST_INSERT = 64
-_INSERTS = {
-    rows: f"INSERT INTO durablews_entries {_COLUMNS} VALUES {','.join([_ROW] * rows)}"
-    for rows in (_LARGEST_INSERT >> shift for shift in range(7))
-}
+_SIZES = [_LARGEST_INSERT >> shift for shift in range(7)]
+
+
+def _insertion(rows: int, row: str) -> str:
+    """Return the statement that inserts so many rows; in `row` a # stands for a value of its own.
+
+    ?1 and ?2 are the times, which a transaction's rows share: each value that is bound costs 80 ns (measured).
+    """
+    first, *rest = ",".join([row] * rows).split("#")
+    values = first + "".join(f"?{number}{part}" for number, part in enumerate(rest, 3))
+    return (
+        "INSERT INTO durablews_entries (priority, created_at, born, ttl, topic, headers, bytes, checksum, payload)"
+        f" VALUES {values}"
+    )
+
+
+_INSERTS = {rows: _insertion(rows, "(#,?1,?2,#,#,#,#,#,#)") for rows in _SIZES}
+# As most messages are, with no ttl, topic or headers: a row for 2.3 µs instead of 3.0.
+_PLAIN_INSERTS = {rows: _insertion(rows, "(#,?1,?2,NULL,NULL,NULL,#,#,#)") for rows in _SIZES}
 
 _RESERVE = """
 UPDATE durablews_totals SET messages = messages + :n, bytes = bytes + :b, enqueued = enqueued + :n
@@ -207,10 +221,16 @@ def _insert(connection: sqlite3.Connection, drafts: Sequence[Draft], born: int, 
     while start < len(drafts):
         while size > len(drafts) - start:
             size >>= 1
-        values: list[object] = []
-        for d in drafts[start : start + size]:
-            values += (d.priority, wall, born, d.ttl, d.topic, d.headers, d.bytes, d.checksum, d.payload)
-        connection.execute(_INSERTS[size], values)
+        chunk = drafts[start : start + size]
+        values: list[object] = [wall, born]
+        for d in chunk:
+            if d.ttl is not None or d.topic is not None or d.headers is not None:
+                rows = [(d.priority, d.ttl, d.topic, d.headers, d.bytes, d.checksum, d.payload) for d in chunk]
+                connection.execute(_INSERTS[size], [wall, born, *chain.from_iterable(rows)])
+                break
+            values += (d.priority, d.bytes, d.checksum, d.payload)
+        else:
+            connection.execute(_PLAIN_INSERTS[size], values)
         start += size
     last: int = connection.execute("SELECT last_insert_rowid()").fetchone()[0]
     return last - len(drafts) + 1

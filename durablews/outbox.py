@@ -271,7 +271,7 @@ class Outbox:
                 news.future.set_result(None)
 
     def _stored(self) -> None:
-        if database.wal_bytes(self.path) > _LARGEST_LOG and not self.storage.closing:
+        if database.wal_stamp(self.path)[1] > _LARGEST_LOG and not self.storage.closing:
             tidied = self.storage.read(lambda connection: upkeep.checkpoint_if_alone(connection, self.path))
             # Whether it worked is told by the next commit.
             tidied.add_done_callback(lambda done: done.cancelled() or done.exception())

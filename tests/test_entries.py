@@ -236,6 +236,26 @@ def test_what_is_stored_keeps_the_order_of_its_requests(outbox: sqlite3.Connecti
     assert stored == [one.payload for request in requests for one in request]
 
 
+@pytest.mark.parametrize("odd", ["ttl", "topic", "headers", "bytes", "priority"])
+def test_one_message_among_many_keeps_what_it_alone_has(outbox: sqlite3.Connection, clock: FakeClock, odd: str) -> None:
+    """Whatever statement stores it with its neighbours, wherever it stands among them."""
+    extra: dict[str, object] = {"ttl": 7.5, "topic": "t", "headers": {"h": "1"}, "priority": 5}
+    for place in (0, 63, 64, 99, 126):
+        settings = {odd: extra[odd]} if odd in extra else {}
+        drafts = [draft({"n": number}) for number in range(127)]
+        drafts[place] = draft(b"\x00odd", **settings)  # type: ignore[arg-type]
+        seqs = store(outbox, clock, *drafts)
+        rows = outbox.execute(
+            "SELECT priority, created_at, born, ttl, topic, headers, bytes, checksum, payload FROM durablews_entries"
+            " WHERE seq BETWEEN ? AND ? ORDER BY seq",
+            (seqs[0], seqs[-1]),
+        ).fetchall()
+        born = entries.outbox_time(outbox, clock)
+        assert rows == [
+            (d.priority, clock.wall(), born, d.ttl, d.topic, d.headers, d.bytes, d.checksum, d.payload) for d in drafts
+        ]
+
+
 def test_one_draft_may_be_stored_twice(outbox: sqlite3.Connection, clock: FakeClock) -> None:
     """A caller that puts the very same message object in a request twice gets two messages, also at the caps."""
     set_caps(outbox, max_messages=3, overflow="drop_new")
