@@ -17,7 +17,17 @@ from durablews.errors import DurablewsError, MessageTooLarge, OutboxFull
 from durablews.messages import Draft, Entry
 from durablews.page import read_page
 
-__all__ = ["Caps", "Claims", "Gap", "enqueue", "last_sequence", "outbox_time", "peek", "read_caps", "write_caps"]
+__all__ = [
+    "Caps",
+    "Claims",
+    "Gap",
+    "enqueue",
+    "last_sequence",
+    "outbox_time",
+    "peek",
+    "read_caps",
+    "write_caps",
+]
 
 #: What its own drainer holds, and no policy may take: priority -> first and last sequence.
 Claims = Mapping[int, tuple[int, int]]
@@ -121,6 +131,7 @@ def enqueue(
     *,
     clock: Clock,
     claims: Claims | None = None,
+    wall: int | None = None,
 ) -> list[list[int | Gap] | DurablewsError]:
     """Store what several callers want to send, each request whole or not at all, in their order.
 
@@ -129,11 +140,13 @@ def enqueue(
     Args:
         requests: one for each caller.
         claims: what the drainer of this process holds.
+        wall: when they were made, in ms since 1970 UTC; now, unless it is given.
 
     Returns:
         For each request its sequences (`Gap` for a message that was dropped), or the error for its caller.
     """
-    born, wall = outbox_time(connection, clock), clock.wall()
+    born = outbox_time(connection, clock)
+    wall = clock.wall() if wall is None else wall
     everything = [draft for request in requests for draft in request]
     if all(draft.id is None for draft in everything) and _reserve(connection, everything):
         first = _insert(connection, everything, born, wall)

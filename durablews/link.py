@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from websockets.exceptions import ConnectionClosed
@@ -40,7 +40,7 @@ from durablews.events import (
     MessagesSent,
 )
 from durablews.heartbeat import Beat, Heartbeat
-from durablews.messages import Refusal, Run
+from durablews.messages import Entry, Refusal, Run
 from durablews.wire.dialect import Introduction, Wire
 from durablews.writing import queued_bytes, write_messages
 
@@ -122,9 +122,9 @@ class Link:
             await asyncio.gather(*tasks, return_exceptions=True)
             self.ended.set()
 
-    def stored(self) -> None:
-        """Take note that there may be more to send."""
-        self._delivery.stored()
+    def stored(self, entries: Sequence[Entry] = ()) -> None:
+        """Take note that there may be more to send: `entries`, if they were stored just now."""
+        self._delivery.stored(entries)
         self._act()
 
     def probe(self) -> None:

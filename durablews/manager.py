@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from durablews.attempt import Attempts, OnOpen
@@ -16,6 +16,7 @@ from durablews.events import Connected, Disconnected, EventLog, Exhausted, Faile
 from durablews.heartbeat import Heartbeat
 from durablews.housekeeping import Housekeeping
 from durablews.lifecycle import Lifecycle, LinkEvent, State
+from durablews.messages import Entry
 from durablews.providers import Provider, ProviderFailed
 from durablews.reconnection import Outcome, Pause, Reconnection
 from durablews.wire.dialect import Dialect
@@ -128,11 +129,11 @@ class ConnectionManager:
         self.moves.set()
         self.moves = asyncio.Event()
 
-    def stored(self) -> None:
-        """Take note that the outbox may hold more than before."""
+    def stored(self, entries: Sequence[Entry] = ()) -> None:
+        """Take note that the outbox may hold more than before: `entries`, if they were stored here just now."""
         self.moved()
         if self._attempts.link is not None:
-            self._attempts.link.stored()
+            self._attempts.link.stored(entries)
 
     async def leave(self) -> None:
         """Close the connection, if there is one, as a client does that goes away."""

@@ -22,7 +22,7 @@ from durablews import database, entries, upkeep
 from durablews.clock import Clock, SystemClock
 from durablews.config import CapsConfig, Settings, read_settings
 from durablews.errors import Dropped, Expired, OutboxClosed, Rejected, Undelivered
-from durablews.messages import Refusal, Run, draft
+from durablews.messages import Entry, Refusal, Run, draft
 from durablews.process import same_process, this_process
 from durablews.storage import Storage
 
@@ -270,7 +270,7 @@ class Outbox:
             if not news.future.done() and (runs is None or any(run.first <= news.seq <= run.last for run in runs)):
                 news.future.set_result(None)
 
-    def _stored(self) -> None:
+    def _stored(self, entries: Sequence[Entry]) -> None:
         if database.wal_stamp(self.path)[1] > _LARGEST_LOG and not self.storage.closing:
             tidied = self.storage.read(lambda connection: upkeep.checkpoint_if_alone(connection, self.path))
             # Whether it worked is told by the next commit.

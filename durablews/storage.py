@@ -21,9 +21,9 @@ from durablews.connecting import open_connection
 from durablews.entries import Claims, Gap
 from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import run_job, transaction
-from durablews.messages import Draft, Run
+from durablews.messages import Draft, Entry, Run
 from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
-from durablews.work import SETTLE_DELAY, Work, resolve, resolve_all
+from durablews.work import SETTLE_DELAY, Work, as_entries, resolve, resolve_all
 
 __all__ = ["Storage"]
 
@@ -59,8 +59,9 @@ class Storage:
         self.claimed: Claims = {}
         #: Acknowledged runs that are still in the file, for the reads of the same job.
         self.owed: Sequence[Run] = ()
-        #: Called in the loop after messages were stored, after runs were settled, and when others may have left.
-        self.on_stored: Callable[[], None] = lambda: None
+        #: Called in the loop after messages were stored, with those that need not be read back, and after runs were
+        #: settled.
+        self.on_stored: Callable[[Sequence[Entry]], None] = lambda entries: None
         self.on_settled: Callable[[Sequence[Run]], None] = lambda runs: None
         #: Why owed changes cannot be written just now, as a sentence; None when nothing is owed.
         self.trouble: str | None = None
@@ -76,6 +77,9 @@ class Storage:
         # Of the drainer's connection: everything up to this data_version is synced, unless `_unsynced`.
         self._synced_version = -1
         self._unsynced = False
+        # What the transaction of this job stored, where nothing else can have come before it; whether others wrote.
+        self._tail: Sequence[Entry] = ()
+        self._others_wrote = False
 
     async def open(self, first: Callable[[sqlite3.Connection], T]) -> T:
         """Open the file and run `first` in one synced transaction before anything else.
@@ -270,8 +274,9 @@ class Storage:
                 self.on_settled(work.runs)
         else:
             self._next.put_back(work)
-        if stored:
-            self.on_stored()
+        if stored or self._others_wrote:
+            self._others_wrote = False
+            self.on_stored(self._tail)
         return error
 
     async def _stop(self) -> None:
@@ -302,6 +307,7 @@ class Storage:
         requests = [drafts for drafts, _ in work.requests]
         results: list[_Enqueued] = []
         error: OutboxError | None = None
+        self._tail = ()
         if work.requests or work.changes or work.runs:
             try:
                 results = self._transaction(connection, work, requests)
@@ -359,15 +365,22 @@ class Storage:
                 settle_runs(connection, work.runs)
             outcomes = [job(connection) for job, _ in work.changes]
             if requests:
-                results = entries.enqueue(connection, self.path, requests, clock=self.clock, claims=self.claimed)
+                wall = self.clock.wall()
+                results = entries.enqueue(
+                    connection, self.path, requests, clock=self.clock, claims=self.claimed, wall=wall
+                )
         self._synced_version = version
         self._unsynced = self._durability != "power"
+        # Changes may have put something before it, and so may others; and nothing is sent that is not synced.
+        if requests and self._drainer and not (work.changes or self._others_wrote or self._unsynced):
+            self._tail = as_entries(requests, results, wall)
         return results, outcomes
 
     def _absorb(self, connection: sqlite3.Connection) -> int:
         """Start the age of what others inserted; return the data_version that this transaction stands on."""
         version = _data_version(connection)
         if version != self._synced_version:
+            self._others_wrote = True
             stamp_unseen(connection, entries.outbox_time(connection, self.clock))
         return version
 

@@ -8,15 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from durablews.entries import Gap
-from durablews.messages import Draft, Run
+from durablews.errors import DurablewsError
+from durablews.messages import Draft, Entry, Run
 
-__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve", "resolve_all"]
+__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "as_entries", "resolve", "resolve_all"]
 
 # Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
 _LARGEST_TRANSACTION = 4000
 #: Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
 #: fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
 SETTLE_MESSAGES, SETTLE_DELAY = 2000, 0.05
+
+
+# So many new messages are handed to the drainer as they are: more are no matter of a moment.
+_FEW = 64
 
 
 class Work:
@@ -96,6 +101,28 @@ class Work:
             resolve(future, error)
             if not future.cancelled():
                 future.exception()  # looked at: most of them are nobody's to wait for
+
+
+def as_entries(
+    requests: Sequence[Sequence[Draft]], results: Sequence[list[int | Gap] | DurablewsError], created_at: int
+) -> list[Entry]:
+    """Return what was stored as it would be read back, without a look at the file.
+
+    Nothing when it is much, which is read by the page, or when not all of it is new: an id that was known, a request
+    that found no room.
+    """
+    if sum(map(len, requests)) > _FEW:
+        return []
+    entries: list[Entry] = []
+    for request, result in zip(requests, results, strict=True):
+        if not isinstance(result, list):
+            return []
+        for draft, seq in zip(request, result, strict=True):
+            if isinstance(seq, Gap) or draft.id is not None:
+                return []
+            beside = (draft.topic, draft.headers, created_at, draft.bytes, 0, 0)
+            entries.append(Entry(seq, draft.priority, draft.payload, *beside))
+    return entries
 
 
 def resolve_all(

@@ -23,6 +23,8 @@ _PAGE_MESSAGES, _PAGE_BYTES = 8 * BATCH_MESSAGES, 4 * BATCH_BYTES
 # What a frame needs beside payload, topic and headers of a message: sequence, meta, punctuation.
 _FRAMING = 64
 
+_PRIORITY = attrgetter("priority")
+
 _FAULTS = {
     "not_utf8": "its text is not UTF-8",
     "damaged": "its payload does not match its checksum: the file was damaged",
@@ -56,6 +58,11 @@ class Backlog:
         return sum(len(lane.ready) for lane in self.lanes.values())
 
     @property
+    def waiting_bytes(self) -> int:
+        """And their bytes."""
+        return sum(lane.ready_bytes for lane in self.lanes.values())
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is left to be read, sent, answered or written down."""
         busy = self.messages or self._stale or self._reading or self._holds
@@ -67,13 +74,30 @@ class Backlog:
         """Take note that the outbox may hold more than was read."""
         self._stale = self._stale_above = True
 
+    def append(self, entries: Sequence[Entry]) -> bool:
+        """Take entries that were stored just now as if they had been read; False when they must be read like others.
+
+        When nothing is left to be read before them, a look into the outbox could find nothing else.
+        """
+        size = sum([entry.bytes for entry in entries])
+        room = self.waiting + len(entries) <= READ_AHEAD_MESSAGES and self.waiting_bytes + size <= READ_AHEAD_BYTES
+        if self._stale or self._reading or not room:
+            return False
+        by_priority = [list(group) for _, group in groupby(sorted(entries, key=_PRIORITY), key=_PRIORITY)]
+        lanes = [self._lane(group[0].priority) for group in by_priority]
+        for lane, group in zip(lanes, by_priority, strict=True):
+            # What is held back, or waits for a record, was not read.
+            if lane.recording or lane.priority in self._holds or group[0].seq <= lane.cursor:
+                return False
+        for lane, group in zip(lanes, by_priority, strict=True):
+            lane.read(group)
+        return True
+
     def wanted(self, now: float) -> Want | None:
         """Return what to read from the outbox now, or None. The answer goes to `supply`."""
         if self._reading or not self._stale:
             return None
-        waiting = self.waiting
-        waiting_bytes = sum(lane.ready_bytes for lane in self.lanes.values())
-        room, room_bytes = READ_AHEAD_MESSAGES - waiting, READ_AHEAD_BYTES - waiting_bytes
+        room, room_bytes = READ_AHEAD_MESSAGES - self.waiting, READ_AHEAD_BYTES - self.waiting_bytes
         above = -101
         if room < _PAGE_MESSAGES or room_bytes < _PAGE_BYTES:
             # Full of what may go later: look only for what would overtake it.
@@ -116,7 +140,7 @@ class Backlog:
         }
         if moved:
             self._stale = True  # a nack came meanwhile
-        for priority, group in groupby(entries, key=attrgetter("priority")):
+        for priority, group in groupby(entries, key=_PRIORITY):
             if priority not in moved:
                 self._take(priority, list(group), now)
         refusals: list[Refuse] = []

@@ -84,9 +84,8 @@ class Delivery:
         self._frames: list[bytes] = []
         self._ready = self._closing = self._rewound = False
         self._deadlines = Deadlines(self._config.ack_timeout)
-        self._window = 0
+        self._window = self._astray = 0
         self._max_bytes = _NO_LIMIT
-        self._astray = 0
         #: Whether nothing but `rate_limit` kept messages back when `frame_to_send` looked last.
         self._is_paced = False
         #: Whether this connection brought an ack.
@@ -285,9 +284,10 @@ class Delivery:
 
     # -- entries
 
-    def stored(self) -> None:
-        """Take note that the outbox may hold more than was read."""
-        self._backlog.stored()
+    def stored(self, entries: Sequence[Entry] = ()) -> None:
+        """Take note that the outbox may hold more than was read: `entries`, if they were stored here just now."""
+        if not (entries and self._ready and self._backlog.append(entries)):
+            self._backlog.stored()
 
     def unread(self) -> bool:
         """Forget what was read and not sent, so that a policy may take it; return whether there was any."""
