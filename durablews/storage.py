@@ -42,7 +42,7 @@ class Storage:
         durability: ``"power"``: a commit is synced before it is reported. ``"process"``: it survives a kill only.
         drainer: whether this process drains it, and so checkpoints.
         clock: time.
-        commit_interval: seconds for which a request waits for others to share its commit.
+        commit_interval: seconds for which requests and deletions wait for others to share their commit.
     """
 
     def __init__(
@@ -230,10 +230,10 @@ class Storage:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, left)):
                     await self._wake.wait()
-        while self._commit_interval and not self._closing and not work.is_due(self._loop.time(), self._commit_interval):
+        while self._commit_interval and not self._closing and self._loop.time() < work.due_at(self._commit_interval):
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(work.requests_since + self._commit_interval):
+                async with asyncio.timeout_at(work.due_at(self._commit_interval)):
                     await self._wake.wait()
 
     async def _pause(self, delay: float) -> None:

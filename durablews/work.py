@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,15 +46,14 @@ class Work:
         """Whether someone waits for it; acknowledged runs wait for nobody."""
         return bool(self.requests or self.changes or self.reads)
 
-    def is_due(self, now: float, commit_interval: float) -> bool:
-        """Whether there is something to do that must not wait for company, or has waited for it long enough."""
-        return bool(
-            self.changes
-            or self.reads
-            or not self.requests
-            or now >= self.requests_since + commit_interval
-            or len(self.requests) >= _LARGEST_TRANSACTION
-        )
+    def due_at(self, commit_interval: float) -> float:
+        """Return the loop's time from which on nothing here waits for company any more; -inf where nothing does."""
+        if self.changes or self.reads or len(self.requests) >= _LARGEST_TRANSACTION or self._many_were_acked():
+            return -math.inf
+        since = [self.requests_since] if self.requests else []
+        if self.runs:
+            since.append(self.runs_since)
+        return min(since, default=-math.inf) + commit_interval
 
     def settle(self, run: Run, now: float) -> None:
         """Add an acknowledged run, joined to the one before it where they touch."""
@@ -68,11 +68,11 @@ class Work:
         """Take out and return what is left for a later transaction."""
         later = Work()
         later.requests_since = self.requests_since
-        if self.requests and not self.changes and now < self.requests_since + commit_interval:
-            later.requests, self.requests = self.requests, []  # only reads are urgent, which commit nothing
-        if self.reads and not self.requests and not self.changes and not self._settling_is_due(now):
-            later.runs, self.runs = self.runs, []
-            later.runs_since = self.runs_since
+        if not self._something_is_due(now, commit_interval):  # only reads are urgent, which commit nothing
+            later.requests, self.requests = self.requests, []
+            if self.reads:
+                later.runs, self.runs = self.runs, []
+                later.runs_since = self.runs_since
         count = 0
         for position, (drafts, _) in enumerate(self.requests):
             count += len(drafts)
@@ -82,8 +82,14 @@ class Work:
                 break
         return later
 
-    def _settling_is_due(self, now: float) -> bool:
-        return now - self.runs_since >= SETTLE_DELAY or sum(run.messages for run in self.runs) >= SETTLE_MESSAGES
+    def _something_is_due(self, now: float, commit_interval: float) -> bool:
+        """Whether a transaction is due, which then takes everything along."""
+        storing = self.requests and now >= self.requests_since + commit_interval
+        settling = self.runs and now >= self.runs_since + max(SETTLE_DELAY, commit_interval)
+        return bool(self.changes or storing or settling or self._many_were_acked())
+
+    def _many_were_acked(self) -> bool:
+        return sum([run.messages for run in self.runs]) >= SETTLE_MESSAGES
 
     def put_back(self, other: Work, *, requests: bool = False) -> None:
         """Put what could not be done before what is here: the changes and runs, which are owed, or everything."""

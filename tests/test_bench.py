@@ -29,6 +29,10 @@ GOALS = {
     "memory": 12.0,
     "inspect": 150.0,
     "ticker": 10.0,
+    "wear-1": None,
+    "wear-100": None,
+    "wear-50ms": None,
+    "wear-bulk": None,
 }
 
 

@@ -18,7 +18,9 @@ from durablews import housekeeping, upkeep
 from durablews.client import Client
 from durablews.errors import ConfigError
 from durablews.jobs import transaction
+from durablews.messages import Run
 from durablews.storage import Storage
+from durablews.work import Work
 
 
 def client(server: PlainServer, path: Path, **settings: Any) -> Client:
@@ -128,6 +130,62 @@ async def test_a_client_shares_commits_while_it_delivers(tmp_path: Path, commits
             assert await ws.flush(10)
         assert server.payloads == list(range(50))
     assert len(commits) <= 20
+
+
+async def test_what_was_acknowledged_is_deleted_in_the_commit_of_what_is_sent_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit a message instead of two: the first deletes nothing, the second the first, the third the second."""
+    done: list[tuple[int, int]] = []
+    genuine = Storage._transaction
+
+    def transaction(self: Storage, connection: Any, work: Any, requests: Any) -> Any:
+        if work.runs or requests:
+            done.append((sum(map(len, requests)), sum(run.messages for run in work.runs)))
+        return genuine(self, connection, work, requests)
+
+    monkeypatch.setattr(Storage, "_transaction", transaction)
+    async with PlainServer() as server, client(server, tmp_path, commit_interval=0.3) as ws:
+        await until(lambda: ws.state.value == "CONNECTED")
+        for number in range(3):
+            await ws.send(number)
+            await until(lambda: len(server.payloads) > number)  # noqa: B023
+            await until(lambda: ws._outbox.storage._next.runs or not ws._manager._attempts.delivery.in_flight)
+        assert await ws.flush(10)
+    assert done == [(1, 0), (1, 1), (1, 1), (0, 1)]
+
+
+def test_what_is_due_takes_along_what_is_not() -> None:
+    """Requests and deletions wait from when the first of each came, and whichever is due first takes both."""
+
+    def work(*, requests_since: float | None = None, runs_since: float | None = None) -> Work:
+        made = Work()
+        if requests_since is not None:
+            made.requests.append(((), loop.create_future()))
+            made.requests_since = requests_since
+        if runs_since is not None:
+            made.settle(Run(0, 1, 1, 1, 1), runs_since)
+        return made
+
+    loop = asyncio.new_event_loop()
+    assert work(requests_since=1.0).due_at(5.0) == 6.0
+    assert work(runs_since=2.0).due_at(5.0) == 7.0
+    both = work(requests_since=1.0, runs_since=2.0)
+    assert both.due_at(5.0) == 6.0
+    later = both.split(6.0, 5.0)
+    assert (len(both.requests), len(both.runs), bool(later)) == (1, 1, False)
+    both = work(requests_since=2.0, runs_since=1.0)
+    both.reads.append((lambda connection: None, loop.create_future()))
+    assert both.due_at(5.0) < 0
+    later = both.split(5.9, 5.0)
+    assert (len(both.requests), len(both.runs), len(both.reads)) == (0, 0, 1)
+    assert (len(later.requests), len(later.runs), later.due_at(5.0)) == (1, 1, 6.0)
+    later = later.split(6.0, 5.0)
+    assert not later
+    many = Work()
+    many.settle(Run(0, 1, 2000, 2000, 1), 1.0)
+    assert many.due_at(5.0) < 0
+    loop.close()
 
 
 @pytest.mark.parametrize("interval", [-1, 11, "soon", float("nan")])

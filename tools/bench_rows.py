@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import bench_wear as wear
 import bench_work as work
 from bench_work import Work
 
@@ -42,6 +43,7 @@ class Row(NamedTuple):
 
 
 _INSERTS = "sqlite3 executemany, same columns and indexes, 1000 rows a transaction, FULL"
+_ALONE = "the same messages appended to a file, each by itself and synced"
 _RAW = "raw ws.send of the same messages, a frame each, an ack for 64, nothing stored"
 
 ROWS = [
@@ -148,5 +150,49 @@ ROWS = [
         4_000,
         "difference, less is better",
         "ms",
+    ),
+    Row(
+        "wear-1",
+        "bytes written to the disk a message that is sent and acknowledged, one a second",
+        _ALONE,
+        None,
+        wear.at_one_a_second,
+        wear.appended_alone,
+        5,
+        "ratio, less is better",
+        "B",
+    ),
+    Row(
+        "wear-100",
+        "the same at 100 a second",
+        _ALONE,
+        None,
+        wear.at_a_hundred_a_second,
+        wear.appended_alone,
+        300,
+        "ratio, less is better",
+        "B",
+    ),
+    Row(
+        "wear-50ms",
+        "the same at 100 a second with commit_interval=0.05",
+        _ALONE,
+        None,
+        wear.at_a_hundred_in_company,
+        wear.appended_alone,
+        300,
+        "ratio, less is better",
+        "B",
+    ),
+    Row(
+        "wear-bulk",
+        "the same by send_many(1000)",
+        "the same messages appended to a file, 1000 at a time and synced",
+        None,
+        wear.in_bulk,
+        wear.appended_together,
+        50_000,
+        "ratio, less is better",
+        "B",
     ),
 ]
