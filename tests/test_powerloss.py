@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from powerloss import Moment, Recording, compile_recorder, judge_together, moments, record
+from powerloss import Recording, compile_recorder, judge_together, moments, record
 from powerloss_disk import MODES, restore
 from powerloss_life import AGENT, BROKEN, FAST, SERVER, TAGS, is_refused, payload_of, serving, tag_of
 from powerloss_promises import Ledger
@@ -127,51 +127,60 @@ def dead_letters(home: Path) -> list[int]:
 
 
 async def test_after_a_loss_of_power_the_outbox_goes_on(lives: list[Recording], scratch: Path) -> None:
-    """P3, P4, P5: opened by the library it delivers once, and in order, what was stored and what is new.
+    """P3, P4, P5: opened by the library it delivers once, and in order, what was stored and what is new."""
+    for image, ledger, where in sample(lives, DRAINED):
+        restore(image, scratch / "lives")
+        tags = await delivered(scratch / "lives", ledger, where)
+        assert {tag for tag in ledger.sent if not is_refused(tag)} <= tags, where
+        dead = dead_letters(scratch / "lives")
+        assert len(dead) == len(set(dead)), where
+        assert {tag for tag in ledger.sent if is_refused(tag)} <= set(dead) <= ledger.begun, where
+
+
+async def delivered(home: Path, ledger: Ledger, where: str) -> set[int]:
+    """Let the library go on with an image; return what the server then has, all of which it must have once, in order.
 
     A sequence that had been given to something else would make the server take a new message for a repeat.
     """
-    chance, home = random.Random(f"{SEED} drained"), scratch / "lives"
-    chosen: list[tuple[dict[str, bytes], Ledger, str]] = []
+    new = [9 * TAGS + 100 + offset for offset in range(12) if not is_refused(9 * TAGS + 100 + offset)]
+    kept = await drained(home, new)
+    tags = Counter(tag for _, _, tag in kept)
+    assert max(tags.values()) == 1, (where, tags.most_common(3))
+    assert set(new) <= set(tags) <= ledger.begun | set(new), where
+    for priority in {row[0] for row in kept}:
+        order = [seq for at, seq, _ in kept if at == priority]
+        assert order == sorted(order), where
+    return set(tags)
+
+
+def sample(lives: Sequence[Recording], count: int) -> list[tuple[dict[str, bytes], Ledger, str]]:
+    """Choose images: what lies there, what had been promised, and where in the recordings it stands."""
+    chance, chosen = random.Random(f"{SEED} sample"), list[tuple[dict[str, bytes], Ledger, str]]()
     for life in lives:
-        count = sum(1 for _ in moments(life))
-        wanted = set(chance.sample(range(count), DRAINED // LIVES))
+        wanted = set(chance.sample(range(sum(1 for _ in moments(life))), count // len(lives)))
         for number, moment in enumerate(moments(life)):
             if number in wanted:
-                chosen.append(taken(life, moment))
+                where = f"seed {life.seed}, call {moment.number}, {moment.mode}"
+                chosen.append((moment.disk.image(moment.kept), moment.ledger.copy(), where))
     # The file keeps its inode from image to image: by that an outbox knows that it is no copy. So those without one
     # come last.
-    chosen.sort(key=lambda one: AGENT not in one[0])
-    new = [9 * TAGS + offset for offset in range(12) if not is_refused(9 * TAGS + offset)]
-    for image, ledger, where in chosen:
-        restore(image, home)
-        kept = await drained(home, new)
-        tags = Counter(tag for _, _, tag in kept)
-        assert max(tags.values()) == 1, (where, tags.most_common(3))
-        assert set(new) <= set(tags), where
-        assert {tag for tag in ledger.sent if not is_refused(tag)} <= set(tags), where
-        assert set(tags) <= ledger.begun | set(new), where
-        dead = dead_letters(home)
-        assert len(dead) == len(set(dead)), where
-        assert {tag for tag in ledger.sent if is_refused(tag)} <= set(dead) <= ledger.begun, where
-        for priority in {row[0] for row in kept}:
-            order = [seq for at, seq, _ in kept if at == priority]
-            assert order == sorted(order), where
+    return sorted(chosen, key=lambda one: AGENT not in one[0])
 
 
-def taken(life: Recording, moment: Moment) -> tuple[dict[str, bytes], Ledger, str]:
-    """Return the image of a moment, what had been promised, and where it stands."""
-    where = f"seed {life.seed}, call {moment.number}, {moment.mode}"
-    return moment.disk.image(moment.kept), moment.ledger.copy(), where
-
-
-def test_process_durability_loses_to_a_power_loss_only_what_it_may(recorder: Path, scratch: Path) -> None:
+async def test_process_durability_loses_to_a_power_loss_only_what_it_may(recorder: Path, scratch: Path) -> None:
     """P1, P4: it is found to lose, and to bring back what had left; never to be damaged, nor to use a number again."""
     home = scratch / "process"
     home.mkdir()
     life = record(recorder, home, number=0, seed=f"{SEED}-process", durability="process")
     verdict = judge_together([life], scratch / "process-images", calls=range(0, 2**31, 3))
     assert set(verdict.broken) == {"lost", "resurrected"}, (SEED, verdict.broken, verdict.examples)
+    lost = set[int]()
+    for image, ledger, where in sample([life], DRAINED // 2):
+        restore(image, home)
+        tags = await delivered(home, ledger, where)
+        assert ledger.seen <= tags | set(dead_letters(home)), where
+        lost |= {tag for tag in ledger.sent if not is_refused(tag)} - tags
+    assert lost, SEED
 
 
 # Every eleventh moment shows what is broken all the time; a folder that is not synced forgets at the beginning only.
