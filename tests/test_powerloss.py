@@ -154,10 +154,11 @@ async def delivered(home: Path, ledger: Ledger, where: str) -> set[int]:
 
 
 def sample(lives: Sequence[Recording], count: int) -> list[tuple[dict[str, bytes], Ledger, str]]:
-    """Choose images: what lies there, what had been promised, and where in the recordings it stands."""
+    """Choose images, of each life also the one that lost most: what is there, what was promised, where it stands."""
     chance, chosen = random.Random(f"{SEED} sample"), list[tuple[dict[str, bytes], Ledger, str]]()
     for life in lives:
-        wanted = set(chance.sample(range(sum(1 for _ in moments(life))), count // len(lives)))
+        lost = [len(moment.disk.pending) if moment.mode == "nothing" else 0 for moment in moments(life)]
+        wanted = {*chance.sample(range(len(lost)), count // len(lives)), lost.index(max(lost))}
         for number, moment in enumerate(moments(life)):
             if number in wanted:
                 where = f"seed {life.seed}, call {moment.number}, {moment.mode}"
