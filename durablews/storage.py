@@ -169,7 +169,9 @@ class Storage:
         try:
             with transaction(connection):
                 version = self._absorb(connection)
-                connection.execute("UPDATE durablews_meta SET boot_clock = boot_clock")
+                # There and back: SQLite writes no row that stays as it is, and what writes no page is not synced.
+                for step in (1, -1):
+                    connection.execute("UPDATE durablews_meta SET boot_clock = boot_clock + ?", (step,))
                 result = job(connection)
         finally:
             database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])

@@ -21,6 +21,7 @@ from support import integrity
 import durablews
 from durablews import OutboxClosed, OutboxFull, OutboxLocked, database, outbox
 from durablews.client import Client
+from durablews.draining import DrainedOutbox
 from durablews.outbox import Outbox
 
 
@@ -334,6 +335,17 @@ async def test_process_durability_syncs_before_it_sends(tmp_path: Path, monkeypa
         assert await ws.flush(10)
         assert seen[0][opened:][-2:] == [2, 1]
         assert levels[-1] == 1
+
+
+async def test_the_synced_commit_before_a_send_writes_a_page(tmp_path: Path) -> None:
+    """C8: a commit that has nothing to write is not synced, and SQLite writes no row that stays as it is."""
+    path = tmp_path / "agent.db"
+    async with DrainedOutbox(path, durability="process") as box:
+        for number in range(3):
+            await box.send(number)
+            before = database.wal_bytes(str(path))
+            await box.storage.read(lambda connection: box.storage.synced_read(connection, lambda _: None))
+            assert database.wal_bytes(str(path)) > before
 
 
 async def test_a_new_stream_is_synced_before_its_hello(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
