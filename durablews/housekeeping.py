@@ -24,8 +24,8 @@ _WATCH_INTERVAL = 0.08
 # How often age, counts and the link's note are seen to.
 _UPKEEP_INTERVAL = 1.0
 _NOTE_INTERVAL = 5.0
-# How often it is looked for free pages to be given back and for a log that has grown; and the pause between two steps of
-# giving back: whoever wants the outbox meanwhile has it for nine tenths of the time.
+# How often it is looked for free pages to be given back and for a log that has grown, and the pause between two steps
+# of giving back: whoever wants the outbox meanwhile has it for nine tenths of the time.
 _SPACE_INTERVAL, _SPACE_PAUSE = 5.0, 0.05
 # The clock that counts suspended time has got ahead of the other by so many seconds: the machine slept.
 _SLEPT = 1.0
