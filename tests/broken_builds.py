@@ -9,9 +9,10 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from durablews import connecting, database, entries, identity, jobs, schema
+from durablews import connecting, database, entries, identity, jobs, messages, outbox, schema
 from durablews.delivery.actions import Settle
 from durablews.delivery.delivery import Delivery
+from durablews.link import Link
 from durablews.messages import Run
 from durablews.receiver.exchange import Exchange, Opening, Outcome
 from durablews.receiver.session import Session
@@ -159,6 +160,29 @@ def upgrades_its_lock() -> None:
     connecting.JobConnection = Deferred  # type: ignore[attr-defined]
 
 
+def keeps_payloads() -> None:
+    """A client that keeps every payload."""
+    genuine, kept = messages.draft, list[Any]()
+
+    def keep(payload: Any, **options: Any) -> Any:
+        made = genuine(payload, **options)
+        kept.append(made.payload)
+        return made
+
+    outbox.draft = keep  # type: ignore[attr-defined]
+
+
+def keeps_links() -> None:
+    """A client that keeps every connection it has had."""
+    genuine, kept = Link.run, list[Link]()
+
+    async def run(self: Link, *args: Any) -> Any:
+        kept.append(self)
+        return await genuine(self, *args)
+
+    Link.run = run  # type: ignore[method-assign]
+
+
 BUILDS: Mapping[str, Callable[[], None]] = {
     "genuine": lambda: None,
     **{
@@ -174,6 +198,8 @@ BUILDS: Mapping[str, Callable[[], None]] = {
             migrates_piecemeal,
             waits_for_no_lock,
             upgrades_its_lock,
+            keeps_payloads,
+            keeps_links,
         )
     },
 }

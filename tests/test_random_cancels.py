@@ -184,7 +184,7 @@ async def test_a_build_with_a_transaction_in_steps_is_found(
     for name in ("whole", "cancelled"):
         (tmp_path / name).mkdir()
     assert (await cancels(tmp_path / "whole", seed, 0)).findings == []  # it works while nobody is cancelled
-    report = await cancels(tmp_path / "cancelled", seed, 80, patience=5.0)
+    report = await cancels(tmp_path / "cancelled", seed, 1000, patience=5.0)
     assert any("a transaction is open" in found or "within a transaction" in found for found in report.findings)
 
 
