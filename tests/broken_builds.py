@@ -180,7 +180,7 @@ def keeps_links() -> None:
         kept.append(self)
         return await genuine(self, *args)
 
-    Link.run = run  # type: ignore[method-assign]
+    Link.run = run  # type: ignore[method-assign,assignment]
 
 
 BUILDS: Mapping[str, Callable[[], None]] = {

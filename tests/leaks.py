@@ -66,7 +66,7 @@ async def receive(store: Path, listening: socket.socket) -> None:
         nonlocal cuts
         async for batch in receiver.session(websocket):
             async with batch.applying():
-                cut = any(message.raw == _CUT for message in batch)
+                cut = _CUT in [message.raw for message in batch]
             if cut:
                 cuts += 1
                 if cuts % 2:
