@@ -246,7 +246,7 @@ class Client:
             state=manager.state.value,
             reason=manager.reason,
             blocked=manager.blocked,
-            trouble=self._outbox.storage.trouble,
+            trouble=self._outbox.storage.trouble or manager.housekeeping.log_held,
             next_attempt=manager.next_attempt,
             connects=manager.connects,
             latency=manager.heartbeat.latency,

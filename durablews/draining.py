@@ -262,6 +262,10 @@ class DrainedOutbox(Outbox):
         """Give some free pages of the file back; the future says whether there are more."""
         return self.storage.read(upkeep.give_back)
 
+    def shorten_log(self) -> asyncio.Future[int]:
+        """Empty a log that has grown; the future gives the bytes of it that another program holds, mostly 0."""
+        return self.storage.read(lambda connection: upkeep.shorten_log(connection, self.path))
+
     def confirm_wall_clock(self, server_date: int) -> None:
         """Take a server's Date (ms since 1970 UTC) as a witness of the wall clock.
 

@@ -22,6 +22,7 @@ __all__ = [
     "Failed",
     "HeartbeatTimeout",
     "Latency",
+    "LogHeld",
     "MessagePushed",
     "MessageRejected",
     "MessagesAcked",
@@ -87,6 +88,16 @@ class Latency(Struct, frozen=True):
 
     kind: ClassVar[str] = "latency"
     seconds: float
+
+
+class LogHeld(Struct, frozen=True):
+    """Another program keeps a transaction open on the outbox, and its log takes so many bytes of the disk meanwhile.
+
+    Said again when they have doubled, and with 0 when the log is short again.
+    """
+
+    kind: ClassVar[str] = "log_held"
+    bytes: int
 
 
 class Exhausted(Struct, frozen=True):
@@ -166,6 +177,7 @@ Event = (
     | Reconnecting
     | HeartbeatTimeout
     | Latency
+    | LogHeld
     | Exhausted
     | Vetoed
     | MessagePushed

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from durablews.database import wal_stamp
 from durablews.draining import DrainedOutbox, LinkNote
 from durablews.errors import OutboxError
-from durablews.events import EventLog, MessagesDropped, MessagesExpired
+from durablews.events import EventLog, LogHeld, MessagesDropped, MessagesExpired
 from durablews.network import NetworkWatcher
 from durablews.outbox import Counts
 
@@ -24,8 +24,8 @@ _WATCH_INTERVAL = 0.08
 # How often age, counts and the link's note are seen to.
 _UPKEEP_INTERVAL = 1.0
 _NOTE_INTERVAL = 5.0
-# How often it is looked for free pages to be given back, and the pause between two steps of that: whoever wants the
-# outbox meanwhile has it for nine tenths of the time.
+# How often it is looked for free pages to be given back and for a log that has grown, and the pause between two steps
+# of giving back: whoever wants the outbox meanwhile has it for nine tenths of the time.
 _SPACE_INTERVAL, _SPACE_PAUSE = 5.0, 0.05
 # The clock that counts suspended time has got ahead of the other by so many seconds: the machine slept.
 _SLEPT = 1.0
@@ -67,6 +67,9 @@ class Housekeeping:
         self.network = NetworkWatcher(self._network_changed)
         #: What ended a watcher, as a sentence; None while all of them run.
         self.defect: str | None = None
+        #: Why the log takes more and more of the disk, as a sentence; None while it does not.
+        self.log_held: str | None = None
+        self._held_bytes = 0
 
     def start(self) -> None:
         """Start every watcher."""
@@ -74,7 +77,7 @@ class Housekeeping:
             "watch": self._watch(),
             "upkeep": self._keep_up(),
             "note": self._note_changes(),
-            "space": self._give_back(),
+            "space": self._keep_small(),
         }
         for name, watcher in watchers.items():
             task = asyncio.create_task(watcher, name=f"durablews {name}")
@@ -150,15 +153,30 @@ class Housekeeping:
                     self._on_moved()
             await asyncio.sleep(_UPKEEP_INTERVAL)
 
-    async def _give_back(self) -> None:
-        """Let the file shrink again after a backlog has gone."""
+    async def _keep_small(self) -> None:
+        """Let the file shrink again after a backlog has gone, and the log after a reader has."""
         while True:
             more = False
             try:
+                self._report_log(await self._outbox.shorten_log())
                 more = await self._outbox.give_back()
             except OutboxError as exc:
                 self._outbox.storage.trouble = exc.what
             await asyncio.sleep(_SPACE_PAUSE if more else _SPACE_INTERVAL)
+
+    def _report_log(self, held: int) -> None:
+        """Make visible that another program keeps the log from being emptied, and how much it takes."""
+        if held == self._held_bytes or 0 < held < 2 * self._held_bytes:
+            return
+        self._held_bytes = held
+        self.log_held = None
+        if held:
+            self.log_held = (
+                f"another program keeps a transaction open on the outbox: its log has grown to {held / 1e6:.0f} MB,"
+                " and grows until that program ends it"
+            )
+        self._events.put(LogHeld(held))
+        self.link_changed()
 
     def _report_departures(self, before: Counts, now: Counts) -> None:
         left: list[MessagesExpired | MessagesDropped] = []

@@ -102,7 +102,7 @@ class ConnectionManager:
     @property
     def blocked(self) -> str | None:
         """What only the owner can mend, as a sentence."""
-        return self._blocked or self.housekeeping.defect
+        return self._blocked or self.housekeeping.defect or self.housekeeping.log_held
 
     @property
     def stray_answers(self) -> int:

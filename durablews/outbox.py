@@ -30,7 +30,7 @@ __all__ = ["Counts", "Outbox", "Receipt", "read_counts"]
 
 
 # Bytes of log above which one who only writes looks whether it may tidy up.
-_LARGEST_LOG = 8 * 1024 * 1024
+_LARGEST_LOG = upkeep.LARGEST_LOG
 
 
 class _News:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import sqlite3
 
-from durablews.database import BUSY_TIMEOUT
+from durablews.database import BUSY_TIMEOUT, wal_bytes
 from durablews.ownership import Ownership, lock_path
+from durablews.schema import APPLICATION_ID
 
-__all__ = ["checkpoint_if_alone", "give_back"]
+__all__ = ["LARGEST_LOG", "checkpoint_if_alone", "give_back", "shorten_log"]
 
-# Milliseconds to wait for readers. The log can wait until the next time; the caller has messages to store.
+#: Bytes of log above which it is looked why: twice what the drainer lets it grow to before it moves it.
+LARGEST_LOG = 8 * 1024 * 1024
+
+# Milliseconds to wait for others. The log can wait until the next time; the caller has messages to store.
 _PATIENCE = 100
 # Pages of a step: 256 of 4 KiB take some 5 ms (measured), for which a message may have to wait. So many free ones are
 # kept for the next backlog, which would only make the file grow again. While more messages wait than this, none are
@@ -46,6 +50,30 @@ def checkpoint_if_alone(connection: sqlite3.Connection, path: str) -> bool:
     finally:
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
         ownership.release()
+
+
+def shorten_log(connection: sqlite3.Connection, path: str) -> int:
+    """Empty a log that has grown far beyond what a checkpoint leaves, for its drainer.
+
+    A program that keeps a transaction open on the outbox keeps the log from starting anew: it grows by all that is
+    written. When that program has ended, this empties it, also when no message ever comes again. In an application's
+    database the log is the application's own.
+
+    Returns:
+        The bytes of log that another program holds; 0 when it is short.
+
+    Raises:
+        sqlite3.Error: the disk failed.
+    """
+    if wal_bytes(path) <= LARGEST_LOG or _ask(connection, "application_id") != APPLICATION_ID:
+        return 0
+    try:
+        # Long enough for a writer, who needs milliseconds; a reader that has held it until now is not waited for.
+        connection.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
+        busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        return wal_bytes(path) if busy else 0
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
 
 def give_back(connection: sqlite3.Connection) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "Process",
     "inbox_rows",
     "running",
+    "silent",
     "until",
     "wait_for",
 ]
@@ -51,7 +52,7 @@ ENVIRONMENT = {
 COMMAND = [sys.executable, "-W", "error", "-m", "durablews"]
 
 # The servers of a test log nothing: a test that looks for secrets in the logs means those of the client.
-_silent = logging.Logger("silent", logging.CRITICAL)
+silent = logging.Logger("silent", logging.CRITICAL)
 
 
 async def until(condition: Callable[[], object], timeout: float = DEADLINE) -> None:
@@ -105,7 +106,7 @@ class Inbox:
                 self.port,
                 subprotocols=[Subprotocol(name) for name in SUBPROTOCOLS],
                 select_subprotocol=select_subprotocol,
-                logger=_silent,
+                logger=silent,
             ) as server:
                 self.port = server.sockets[0].getsockname()[1]
                 yield receiver
@@ -172,7 +173,7 @@ class PlainServer:
             process_request=self._request,
             select_subprotocol=self._select,
             compression=None,
-            logger=_silent,
+            logger=silent,
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -134,4 +134,4 @@ def test_every_event_has_a_word_of_its_own() -> None:
     kinds = [event.kind for event in get_args(Event)]
     assert len(set(kinds)) == len(kinds)
     words = "connected disconnected reconnecting message error heartbeat_timeout retries_exhausted sent acked rejected"
-    assert set(f"{words} expired dropped latency vetoed".split()) == set(kinds)
+    assert set(f"{words} expired dropped latency log_held vetoed".split()) == set(kinds)
