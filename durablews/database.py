@@ -23,14 +23,18 @@ from durablews.errors import (
     StorageFailed,
 )
 from durablews.jobs import UncertainCommit, transaction
+from durablews.reservefile import DISK_FULL, fill, make_room, reserve_path
 from durablews.schema import APPLICATION_ID, apply_migrations, migrations, require_outbox
+from durablews.walindex import opening
 
 __all__ = [
     "BUSY_TIMEOUT",
     "create",
+    "is_ours",
     "open_outbox",
     "prepare",
     "require_file",
+    "room_to_open",
     "set_synchronous",
     "storage_errors",
     "uri",
@@ -40,8 +44,8 @@ __all__ = [
 
 #: Seconds that a write waits for another program's transaction.
 BUSY_TIMEOUT = 5.0
-#: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4000 frames at which the shared
-#: memory index would grow on a full disk.
+#: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4062 frames at which the shared
+#: memory needs its second block.
 _CHECKPOINT_PAGES = 1000
 _JOURNAL_SIZE_LIMIT = 4 * 1024 * 1024
 # STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
@@ -110,7 +114,7 @@ def create(path: str) -> None:
     except OSError as exc:
         raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     try:
-        with storage_errors(path):
+        with storage_errors(path), room_to_open(path, made):
             connection = sqlite3.connect(made, isolation_level=None)
             try:
                 connection.execute("PRAGMA synchronous = FULL")
@@ -124,10 +128,12 @@ def create(path: str) -> None:
             finally:
                 connection.close()
         _publish(made, final)
+        fill(path)
     except OSError as exc:
         raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     finally:
-        made.unlink(missing_ok=True)
+        for name in (made.name, f"{made.name}-shm"):
+            made.with_name(name).unlink(missing_ok=True)
 
 
 def _publish(made: Path, final: Path) -> None:
@@ -165,7 +171,7 @@ def prepare(connection: sqlite3.Connection, path: str, *, durability: str = "pow
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise StorageFailed(path, f"SQLite {sqlite3.sqlite_version} is too old; durablews needs 3.37")
     present = require_outbox(connection, path)
-    ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    ours = is_ours(connection)
     if ours:
         _expect(connection, path, "journal_mode = WAL", "wal")
         _expect(connection, path, "auto_vacuum", 2)
@@ -186,6 +192,35 @@ def prepare(connection: sqlite3.Connection, path: str, *, durability: str = "pow
                 connection.execute(f"PRAGMA user_version = {migrations()[-1][0]}")
 
 
+def is_ours(connection: sqlite3.Connection) -> bool:
+    """Say whether the whole file is an outbox, and not an application's database with one in it."""
+    return bool(connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID)
+
+
+@contextmanager
+def room_to_open(path: str, made: Path | None = None, *, writes: bool = True) -> Iterator[None]:
+    """Let an outbox be opened, and read from for the first time, inside: also on a full disk, and without SIGBUS.
+
+    Args:
+        path: the outbox.
+        made: where it is just being made.
+        writes: whether this process may take from its reserve.
+
+    Raises:
+        OutboxFull: there is not even the room that its opening takes.
+    """
+    ours = made is not None or os.path.exists(reserve_path(path))
+    if ours and writes:
+        make_room(path)
+    try:
+        with opening(str(made or path), ours=ours):
+            yield
+    except OSError as exc:
+        if exc.errno not in DISK_FULL:
+            raise
+        raise OutboxFull(path, f"the disk is full: there is no room to open it ({exc.strerror})") from exc
+
+
 def set_synchronous(connection: sqlite3.Connection, path: str, level: int) -> None:
     """Set how commits are synced (2: each one) and check that it took."""
     _expect(connection, path, f"synchronous = {level}", level)
@@ -197,7 +232,8 @@ def open_outbox(path: str, *, durability: str = "power") -> sqlite3.Connection:
     with storage_errors(path):
         connection = sqlite3.connect(uri(path, "rw"), uri=True, isolation_level=None, timeout=BUSY_TIMEOUT)
         try:
-            prepare(connection, path, durability=durability)
+            with room_to_open(path):
+                prepare(connection, path, durability=durability)
         except BaseException:
             connection.close()
             raise

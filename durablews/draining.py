@@ -258,6 +258,10 @@ class DrainedOutbox(Outbox):
         max_age = entries.read_caps(connection).max_age
         settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
 
+    def tidy(self) -> asyncio.Future[None]:
+        """See to the space that the reserve and the log take, and to who keeps them from being what they should be."""
+        return self.storage.read(self.storage.reserve.tidy)
+
     def give_back(self) -> asyncio.Future[bool]:
         """Give some free pages of the file back; the future says whether there are more."""
         return self.storage.read(upkeep.give_back)

@@ -135,6 +135,7 @@ class Housekeeping:
     async def _keep_up(self) -> None:
         """Expire what is too old, report what left, and look for foreign messages that the watch cannot see."""
         while True:
+            await self._tidy()
             try:
                 if self._counts is None:  # before the first look takes anything, so that this is reported too
                     self._counts = await self._outbox.counts()
@@ -149,6 +150,12 @@ class Housekeeping:
                 else:
                     self._on_moved()
             await asyncio.sleep(_UPKEEP_INTERVAL)
+
+    async def _tidy(self) -> None:
+        try:
+            await self._outbox.tidy()
+        except OutboxError as exc:
+            self._outbox.storage.trouble = exc.what
 
     async def _give_back(self) -> None:
         """Let the file shrink again after a backlog has gone."""

@@ -10,7 +10,7 @@ from typing import Any
 from durablews.entries import Gap
 from durablews.messages import Draft, Run
 
-__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve", "resolve_all"]
+__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve", "resolve_all", "resolve_soon"]
 
 # Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
 _LARGEST_TRANSACTION = 4000
@@ -121,3 +121,8 @@ def resolve(future: asyncio.Future[Any], outcome: Any) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def resolve_soon(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Resolve a future of the loop from another thread."""
+    future.get_loop().call_soon_threadsafe(resolve, future, outcome)
