@@ -6,6 +6,7 @@ Never `open()` an outbox in the process that may own it: closing that descriptor
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -23,7 +24,7 @@ from durablews.errors import (
     StorageFailed,
 )
 from durablews.jobs import UncertainCommit, transaction
-from durablews.reservefile import DISK_FULL, fill, make_room, reserve_path
+from durablews.reservefile import DISK_FULL, fill, free_bytes, make_room, reserve_path
 from durablews.schema import APPLICATION_ID, apply_migrations, migrations, require_outbox
 from durablews.walindex import opening
 
@@ -47,6 +48,8 @@ BUSY_TIMEOUT = 5.0
 #: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4062 frames at which the shared
 #: memory needs its second block.
 _CHECKPOINT_PAGES = 1000
+# Bytes that SQLite's shared memory and a first page of the log take, with a margin.
+_ROOM_TO_OPEN = 128 * 1024
 _JOURNAL_SIZE_LIMIT = 4 * 1024 * 1024
 # STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
 _OLDEST_SQLITE = (3, 37, 0)
@@ -209,10 +212,13 @@ def room_to_open(path: str, made: Path | None = None, *, writes: bool = True) ->
     Raises:
         OutboxFull: there is not even the room that its opening takes.
     """
-    ours = made is not None or os.path.exists(reserve_path(path))
-    if ours and writes:
+    kept = os.path.exists(reserve_path(path))
+    ours = made is not None or kept or bool(wal_bytes(path))  # in WAL mode
+    if kept and writes:
         make_room(path)
     try:
+        if not ours and free_bytes(path) < _ROOM_TO_OPEN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with opening(str(made or path), ours=ours):
             yield
     except OSError as exc:
@@ -266,7 +272,7 @@ def storage_errors(path: str) -> Iterator[None]:
 
 def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
     name: str = getattr(exc, "sqlite_errorname", None) or type(exc).__name__
-    if name == "SQLITE_FULL":
+    if name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"):  # the second: of the shared memory beside the database
         return OutboxFull(path, "the disk is full; nothing was stored")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return OutboxLocked(

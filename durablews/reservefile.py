@@ -14,9 +14,9 @@ from durablews.walindex import allocate, belongs_as
 __all__ = ["DISK_FULL", "RESERVE", "fill", "free_bytes", "give_part", "is_whole", "make_room", "reserve_path"]
 
 #: Bytes. `durablews.reserve` says why so many.
-RESERVE = 2 * 1024 * 1024
+RESERVE = 4 * 1024 * 1024
 #: What is given up at a time.
-_PART = 256 * 1024
+_PART = 512 * 1024
 #: The errors of a disk, or a user's share of it, without room.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

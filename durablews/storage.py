@@ -322,7 +322,8 @@ class Storage:
         if work.requests or work.changes or work.runs:
             try:
                 if requests:
-                    results = self._transaction(connection, work, requests)
+                    storing = partial(self._transaction, connection, work, requests)
+                    results = self.reserve.insist(connection, storing, owed=False)
                 else:
                     self._owed(connection, work)
             except OutboxError as exc:

@@ -12,7 +12,8 @@ from durablews.messages import Draft, Run
 
 __all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "resolve", "resolve_all", "resolve_soon"]
 
-# Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
+# Messages in one transaction at most, unless one request or one run has more: 4000 keep the write lock for some 15 ms,
+# and to delete them takes no more log than the reserve has room for (durablews/reserve.py).
 _LARGEST_TRANSACTION = 4000
 #: Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
 #: fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
@@ -54,7 +55,11 @@ class Work:
         """Add an acknowledged run, joined to the one before it where they touch."""
         if not self.runs:
             self.runs_since = now
-        elif self.runs[-1].priority == run.priority and self.runs[-1].last + 1 == run.first:
+        elif (
+            self.runs[-1].priority == run.priority
+            and self.runs[-1].last + 1 == run.first
+            and self.runs[-1].messages + run.messages <= _LARGEST_TRANSACTION
+        ):
             last = self.runs.pop()
             run = Run(run.priority, last.first, run.last, last.messages + run.messages, last.bytes + run.bytes)
         self.runs.append(run)
@@ -68,6 +73,13 @@ class Work:
         if self.reads and not self.requests and not self.changes and not self._settling_is_due(now):
             later.runs, self.runs = self.runs, []
             later.runs_since = self.runs_since
+        count = 0
+        for position, run in enumerate(self.runs):
+            count += run.messages
+            if count > _LARGEST_TRANSACTION and position > 0:
+                later.runs, self.runs = self.runs[position:], self.runs[:position]
+                later.runs_since = self.runs_since
+                break
         count = 0
         for position, (drafts, _) in enumerate(self.requests):
             count += len(drafts)
