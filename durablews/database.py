@@ -38,6 +38,7 @@ __all__ = [
     "room_to_open",
     "set_synchronous",
     "storage_errors",
+    "unallocated",
     "uri",
     "wal_bytes",
     "wal_stamp",
@@ -211,6 +212,7 @@ def room_to_open(path: str, made: Path | None = None, *, writes: bool = True) ->
 
     Raises:
         OutboxFull: there is not even the room that its opening takes.
+        StorageFailed: the disk failed.
     """
     kept = os.path.exists(reserve_path(path))
     ours = made is not None or kept or bool(wal_bytes(path))  # in WAL mode
@@ -222,9 +224,14 @@ def room_to_open(path: str, made: Path | None = None, *, writes: bool = True) ->
         with opening(str(made or path), ours=ours):
             yield
     except OSError as exc:
-        if exc.errno not in DISK_FULL:
-            raise
-        raise OutboxFull(path, f"the disk is full: there is no room to open it ({exc.strerror})") from exc
+        raise unallocated(path, exc, "it cannot be opened") from exc
+
+
+def unallocated(path: str, exc: OSError, what: str) -> OutboxFull | StorageFailed:
+    """Return what to raise when room could not be allocated beside an outbox, before anything was stored."""
+    if exc.errno in DISK_FULL:
+        return OutboxFull(path, f"the disk is full: {what}; nothing was stored")
+    return StorageFailed(path, f"the disk failed ({exc.strerror}): {what}; nothing was stored")
 
 
 def set_synchronous(connection: sqlite3.Connection, path: str, level: int) -> None:

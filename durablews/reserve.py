@@ -27,7 +27,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from durablews import database
-from durablews.errors import OutboxFull
+from durablews.errors import OutboxError, OutboxFull
 from durablews.messages import Draft
 from durablews.ownership import holder_of
 from durablews.reservefile import RESERVE, fill, free_bytes, give_part, is_whole
@@ -73,7 +73,7 @@ class Reserve:
         self._index = index_of(self._path)
         self._ours = database.is_ours(connection)
         self._kept = self._ours and hasattr(os, "posix_fallocate")
-        with suppress(OutboxFull):  # then each transaction tries again
+        with suppress(OutboxError):  # then each transaction tries again
             self._cover(_AHEAD)
         self.restore()
 
@@ -82,6 +82,7 @@ class Reserve:
 
         Raises:
             OutboxFull: the disk has no room for it that is safe to use. Nothing was begun.
+            StorageFailed: the disk failed.
         """
         # A row of a little more than half a page has one to itself. Each message may also stand in the indexes of ids
         # and of deadlines, and as much may have to go for it as comes.
@@ -152,7 +153,7 @@ class Reserve:
         try:
             self._index.cover(self._index.log().frames + frames)
         except OSError as exc:
-            raise self._full(f"there is no room for the index of its log ({exc.strerror})") from exc
+            raise database.unallocated(self._path, exc, "the index of its log has no room") from exc
 
     def _has_room(self, index: LogIndex, growth: int) -> bool:
         """Say whether, after `growth` more pages, the whole log can be moved into the database."""

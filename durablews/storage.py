@@ -25,6 +25,7 @@ from durablews.jobs import run_job, transaction
 from durablews.messages import Draft, Run
 from durablews.reserve import Reserve
 from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
+from durablews.walindex import close_gone
 from durablews.work import SETTLE_DELAY, Work, resolve_all, resolve_soon
 
 __all__ = ["Storage"]
@@ -289,6 +290,7 @@ class Storage:
         db, self._db = self._db, None
         if db is not None:
             await db.close()
+            close_gone()
 
     # -- on the connection's thread
 
@@ -317,6 +319,7 @@ class Storage:
     ) -> tuple[list[_Enqueued], OutboxError | None]:
         """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
         requests = [drafts for drafts, _ in work.requests]
+        owed = partial(self._transaction, connection, work, ())
         results: list[_Enqueued] = []
         error: OutboxError | None = None
         if work.requests or work.changes or work.runs:
@@ -325,12 +328,12 @@ class Storage:
                     storing = partial(self._transaction, connection, work, requests)
                     results = self.reserve.insist(connection, storing, owed=False)
                 else:
-                    self._owed(connection, work)
+                    self.reserve.insist(connection, owed)
             except OutboxError as exc:
                 results, error = [exc] * len(requests), exc
                 if requests and (work.changes or work.runs):
                     try:
-                        self._owed(connection, work)
+                        self.reserve.insist(connection, owed)
                     except OutboxError as again:
                         error = again
                         with contextlib.suppress(OutboxError):  # what is owed must not keep others from storing
@@ -347,9 +350,6 @@ class Storage:
                 outcome = exc
             resolve_soon(future, outcome)
         return results, error
-
-    def _owed(self, connection: sqlite3.Connection, work: Work) -> None:
-        self.reserve.insist(connection, lambda: self._transaction(connection, work, []))
 
     def _transaction(
         self, connection: sqlite3.Connection, work: Work, requests: Sequence[Sequence[Draft]]

@@ -31,7 +31,7 @@ from typing import NamedTuple
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Log", "LogIndex", "allocate", "belongs_as", "index_of", "opening"]
+__all__ = ["Log", "LogIndex", "allocate", "belongs_as", "close_gone", "index_of", "opening"]
 
 # One block of the index, and the frames of the log that the first block and each further one has room for.
 _BLOCK, _FIRST_FRAMES, _MORE_FRAMES = 32_768, 4062, 4096
@@ -141,7 +141,7 @@ def opening(database: str, *, ours: bool) -> Iterator[None]:
     """
     path = f"{os.path.realpath(database)}-shm"
     with _guard:
-        _sweep()
+        _close_gone()
         index = _enter(path, database, ours)
     try:
         yield
@@ -152,11 +152,17 @@ def opening(database: str, *, ours: bool) -> Iterator[None]:
                 if not index.opening:
                     index.let_go()
     with _guard:
-        _sweep()
+        _close_gone()
         # Its last user may have removed the file just before SQLite opened it, and then this is another one.
         index = _held.get(path) or _hold(path, database, create=False)
         if index is not None:
             index.opened()
+
+
+def close_gone() -> None:
+    """Close what belongs to files that have gone: nobody has those open."""
+    with _guard:
+        _close_gone()
 
 
 def index_of(database: str) -> LogIndex | None:
@@ -191,8 +197,7 @@ def _hold(path: str, database: str, *, create: bool) -> LogIndex | None:
     return _held[path]
 
 
-def _sweep() -> None:
-    """Close what belongs to files that have gone: nobody has those open."""
+def _close_gone() -> None:
     for path, index in list(_held.items()):
         if not index.opening and not index.is_at(path):
             index.close()
