@@ -6,6 +6,7 @@ Never `open()` an outbox in the process that may own it: closing that descriptor
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -23,16 +24,21 @@ from durablews.errors import (
     StorageFailed,
 )
 from durablews.jobs import UncertainCommit, transaction
+from durablews.reservefile import DISK_FULL, fill, free_bytes, make_room, reserve_path
 from durablews.schema import APPLICATION_ID, apply_migrations, migrations, require_outbox
+from durablews.walindex import opening
 
 __all__ = [
     "BUSY_TIMEOUT",
     "create",
+    "is_ours",
     "open_outbox",
     "prepare",
     "require_file",
+    "room_to_open",
     "set_synchronous",
     "storage_errors",
+    "unallocated",
     "uri",
     "wal_bytes",
     "wal_stamp",
@@ -40,9 +46,11 @@ __all__ = [
 
 #: Seconds that a write waits for another program's transaction.
 BUSY_TIMEOUT = 5.0
-#: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4000 frames at which the shared
-#: memory index would grow on a full disk.
+#: Pages in the log before the drainer moves them into the file: 4 MiB, far below the 4062 frames at which the shared
+#: memory needs its second block.
 _CHECKPOINT_PAGES = 1000
+# Bytes that SQLite's shared memory and a first page of the log take, with a margin.
+_ROOM_TO_OPEN = 128 * 1024
 _JOURNAL_SIZE_LIMIT = 4 * 1024 * 1024
 # STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
 _OLDEST_SQLITE = (3, 37, 0)
@@ -110,7 +118,7 @@ def create(path: str) -> None:
     except OSError as exc:
         raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     try:
-        with storage_errors(path):
+        with storage_errors(path), room_to_open(path, made):
             connection = sqlite3.connect(made, isolation_level=None)
             try:
                 connection.execute("PRAGMA synchronous = FULL")
@@ -124,10 +132,12 @@ def create(path: str) -> None:
             finally:
                 connection.close()
         _publish(made, final)
+        fill(path)
     except OSError as exc:
         raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     finally:
-        made.unlink(missing_ok=True)
+        for name in (made.name, f"{made.name}-shm"):
+            made.with_name(name).unlink(missing_ok=True)
 
 
 def _publish(made: Path, final: Path) -> None:
@@ -165,7 +175,7 @@ def prepare(connection: sqlite3.Connection, path: str, *, durability: str = "pow
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise StorageFailed(path, f"SQLite {sqlite3.sqlite_version} is too old; durablews needs 3.37")
     present = require_outbox(connection, path)
-    ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    ours = is_ours(connection)
     if ours:
         _expect(connection, path, "journal_mode = WAL", "wal")
         _expect(connection, path, "auto_vacuum", 2)
@@ -186,6 +196,44 @@ def prepare(connection: sqlite3.Connection, path: str, *, durability: str = "pow
                 connection.execute(f"PRAGMA user_version = {migrations()[-1][0]}")
 
 
+def is_ours(connection: sqlite3.Connection) -> bool:
+    """Say whether the whole file is an outbox, and not an application's database with one in it."""
+    return bool(connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID)
+
+
+@contextmanager
+def room_to_open(path: str, made: Path | None = None, *, writes: bool = True) -> Iterator[None]:
+    """Let an outbox be opened, and read from for the first time, inside: also on a full disk, and without SIGBUS.
+
+    Args:
+        path: the outbox.
+        made: where it is just being made.
+        writes: whether this process may take from its reserve.
+
+    Raises:
+        OutboxFull: there is not even the room that its opening takes.
+        StorageFailed: the disk failed.
+    """
+    kept = os.path.exists(reserve_path(path))
+    ours = made is not None or kept or bool(wal_bytes(path))  # in WAL mode
+    if kept and writes:
+        make_room(path)
+    try:
+        if not ours and free_bytes(path) < _ROOM_TO_OPEN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with opening(str(made or path), ours=ours):
+            yield
+    except OSError as exc:
+        raise unallocated(path, exc, "it cannot be opened") from exc
+
+
+def unallocated(path: str, exc: OSError, what: str) -> OutboxFull | StorageFailed:
+    """Return what to raise when room could not be allocated beside an outbox, before anything was stored."""
+    if exc.errno in DISK_FULL:
+        return OutboxFull(path, f"the disk is full: {what}; nothing was stored")
+    return StorageFailed(path, f"the disk failed ({exc.strerror}): {what}; nothing was stored")
+
+
 def set_synchronous(connection: sqlite3.Connection, path: str, level: int) -> None:
     """Set how commits are synced (2: each one) and check that it took."""
     _expect(connection, path, f"synchronous = {level}", level)
@@ -197,7 +245,8 @@ def open_outbox(path: str, *, durability: str = "power") -> sqlite3.Connection:
     with storage_errors(path):
         connection = sqlite3.connect(uri(path, "rw"), uri=True, isolation_level=None, timeout=BUSY_TIMEOUT)
         try:
-            prepare(connection, path, durability=durability)
+            with room_to_open(path):
+                prepare(connection, path, durability=durability)
         except BaseException:
             connection.close()
             raise
@@ -230,7 +279,7 @@ def storage_errors(path: str) -> Iterator[None]:
 
 def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
     name: str = getattr(exc, "sqlite_errorname", None) or type(exc).__name__
-    if name == "SQLITE_FULL":
+    if name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"):  # the second: of the shared memory beside the database
         return OutboxFull(path, "the disk is full; nothing was stored")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return OutboxLocked(

@@ -258,6 +258,10 @@ class DrainedOutbox(Outbox):
         max_age = entries.read_caps(connection).max_age
         settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
 
+    def restore_reserve(self) -> asyncio.Future[bool]:
+        """Make the reserve whole if there is room; the future says whether it is."""
+        return self.storage.read(lambda connection: self.storage.reserve.restore())
+
     def give_back(self) -> asyncio.Future[bool]:
         """Give some free pages of the file back; the future says whether there are more."""
         return self.storage.read(upkeep.give_back)

@@ -139,6 +139,7 @@ class Housekeeping:
         """Expire what is too old, report what left, and look for foreign messages that the watch cannot see."""
         while True:
             try:
+                await self._outbox.restore_reserve()
                 if self._counts is None:  # before the first look takes anything, so that this is reported too
                     self._counts = await self._outbox.counts()
                 counts = await self._outbox.expire()

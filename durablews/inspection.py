@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from durablews.clock import Clock, SystemClock
-from durablews.database import BUSY_TIMEOUT, require_file, uri, wal_bytes
+from durablews.database import BUSY_TIMEOUT, require_file, room_to_open, uri, wal_bytes
 from durablews.entries import read_caps
 from durablews.errors import NotAnOutbox, OutboxError, OutboxLocked, StorageFailed
 from durablews.messages import Refusal
@@ -164,7 +164,7 @@ def _look(path: str, job: Callable[[sqlite3.Connection], T]) -> T:
             else:
                 if _at_rest(path) == at_rest:
                     return result
-        with closing(_open(path, "ro")) as connection:
+        with closing(_open(path, "ro")) as connection, room_to_open(path, writes=False):
             return _in_transaction(connection, path, job)
 
 

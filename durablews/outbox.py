@@ -138,6 +138,7 @@ class Outbox:
         self.storage.on_settled = self.look_again
         self.storage.on_stored = self._stored
         self._waiting: set[_News] = set()
+        self._log_limit = _LARGEST_LOG
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -271,10 +272,17 @@ class Outbox:
                 news.future.set_result(None)
 
     def _stored(self, entries: Sequence[Entry]) -> None:
-        if database.wal_stamp(self.path)[1] > _LARGEST_LOG and not self.storage.closing:
+        size = database.wal_stamp(self.path)[1]
+        if size > self._log_limit and not self.storage.closing:
+            # Someone may read the log or drain it, and a try waits for readers: not again for every commit.
+            self._log_limit = size + _LARGEST_LOG
             tidied = self.storage.read(lambda connection: upkeep.checkpoint_if_alone(connection, self.path))
             # Whether it worked is told by the next commit.
-            tidied.add_done_callback(lambda done: done.cancelled() or done.exception())
+            tidied.add_done_callback(self._tidied)
+
+    def _tidied(self, done: asyncio.Future[bool]) -> None:
+        if not done.cancelled() and done.exception() is None and done.result():
+            self._log_limit = _LARGEST_LOG
 
     def _check_process(self) -> None:
         if not same_process(self._process):

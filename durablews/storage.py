@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import aiosqlite
@@ -22,8 +23,10 @@ from durablews.entries import Claims, Gap
 from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import run_job, transaction
 from durablews.messages import Draft, Entry, Run
+from durablews.reserve import Reserve
 from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
-from durablews.work import SETTLE_DELAY, Work, as_entries, resolve, resolve_all
+from durablews.walindex import close_gone
+from durablews.work import SETTLE_DELAY, Work, as_entries, resolve_all, resolve_soon
 
 __all__ = ["Storage"]
 
@@ -63,8 +66,8 @@ class Storage:
         #: settled.
         self.on_stored: Callable[[Sequence[Entry]], None] = lambda entries: None
         self.on_settled: Callable[[Sequence[Run]], None] = lambda runs: None
-        #: Why owed changes cannot be written just now, as a sentence; None when nothing is owed.
-        self.trouble: str | None = None
+        self.reserve = Reserve(path, drainer=drainer)
+        self._trouble: str | None = None
         self._durability = durability
         self._commit_interval = commit_interval
         self._drainer = drainer
@@ -113,6 +116,15 @@ class Storage:
                 await self._writer
         finally:
             await self._stop()
+
+    @property
+    def trouble(self) -> str | None:
+        """What ails the disk, as a sentence: why owed changes cannot be written just now, or new messages; or None."""
+        return self._trouble or self.reserve.trouble
+
+    @trouble.setter
+    def trouble(self, trouble: str | None) -> None:
+        self._trouble = trouble
 
     @property
     def closing(self) -> bool:
@@ -285,6 +297,7 @@ class Storage:
         db, self._db = self._db, None
         if db is not None:
             await db.close()
+            close_gone()
 
     # -- on the connection's thread
 
@@ -293,11 +306,17 @@ class Storage:
         database.require_file(self.path)
 
     def _first_job(self, connection: sqlite3.Connection, first: Callable[[sqlite3.Connection], T]) -> T:
-        database.prepare(connection, self.path, drainer=self._drainer)
-        with transaction(connection):
-            entries.outbox_time(connection, self.clock)
-            self._synced_version = self._absorb(connection)
-            result = first(connection)
+        with database.room_to_open(self.path):
+            database.prepare(connection, self.path, drainer=self._drainer)
+        self.reserve.open(connection)
+
+        def begin() -> T:
+            with transaction(connection):
+                entries.outbox_time(connection, self.clock)
+                self._synced_version = self._absorb(connection)
+                return first(connection)
+
+        result = self.reserve.insist(connection, begin)
         if self._durability != "power":
             database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
         return result
@@ -307,17 +326,22 @@ class Storage:
     ) -> tuple[list[_Enqueued], OutboxError | None]:
         """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
         requests = [drafts for drafts, _ in work.requests]
+        owed = partial(self._transaction, connection, work, ())
         results: list[_Enqueued] = []
         error: OutboxError | None = None
         self._tail = ()
         if work.requests or work.changes or work.runs:
             try:
-                results = self._transaction(connection, work, requests)
+                if requests:
+                    storing = partial(self._transaction, connection, work, requests)
+                    results = self.reserve.insist(connection, storing, owed=False)
+                else:
+                    self.reserve.insist(connection, owed)
             except OutboxError as exc:
                 results, error = [exc] * len(requests), exc
                 if requests and (work.changes or work.runs):
                     try:
-                        self._transaction(connection, work, [])
+                        self.reserve.insist(connection, owed)
                     except OutboxError as again:
                         error = again
                         with contextlib.suppress(OutboxError):  # what is owed must not keep others from storing
@@ -329,11 +353,10 @@ class Storage:
         self.owed = [*waiting, *work.runs] if error else waiting
         for job, future in work.reads:
             try:
-                with database.storage_errors(self.path):
-                    outcome: Any = job(connection)
+                outcome: Any = self.reserve.insist(connection, partial(job, connection))
             except Exception as exc:
                 outcome = exc
-            _resolve_soon(future, outcome)
+            resolve_soon(future, outcome)
         return results, error
 
     def _transaction(
@@ -350,7 +373,7 @@ class Storage:
         except Exception as exc:  # a defect of ours: its callers must hear of it, and the writer must live on
             raise StorageFailed(self.path, f"a defect in durablews: {exc!r}; nothing was stored") from exc
         for (_, future), outcome in zip(work.changes, outcomes, strict=True):
-            _resolve_soon(future, outcome)
+            resolve_soon(future, outcome)
         return results
 
     def _write(
@@ -361,6 +384,7 @@ class Storage:
         settle_runs: Callable[[sqlite3.Connection, Sequence[Run]], None],
     ) -> tuple[list[_Enqueued], list[Any]]:
         results: list[_Enqueued] = []
+        self.reserve.admit(connection, requests)
         with transaction(connection):
             version = self._absorb(connection) if self._drainer else -1
             if work.runs:
@@ -389,8 +413,3 @@ class Storage:
 
 def _data_version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA data_version").fetchone()[0])
-
-
-def _resolve_soon(future: asyncio.Future[Any], outcome: Any) -> None:
-    """Resolve a future of the loop from the connection's thread."""
-    future.get_loop().call_soon_threadsafe(resolve, future, outcome)

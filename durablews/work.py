@@ -12,9 +12,10 @@ from durablews.entries import Gap
 from durablews.errors import DurablewsError
 from durablews.messages import Draft, Entry, Run
 
-__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "as_entries", "resolve", "resolve_all"]
+__all__ = ["SETTLE_DELAY", "SETTLE_MESSAGES", "Work", "as_entries", "resolve", "resolve_all", "resolve_soon"]
 
-# Messages in one transaction at most, unless one request has more: 4000 keep the write lock for some 15 ms.
+# Messages in one transaction at most, unless one request or one run has more: 4000 keep the write lock for some 15 ms,
+# and to delete them takes no more log than the reserve has room for (durablews/reserve.py).
 _LARGEST_TRANSACTION = 4000
 #: Acknowledged messages wait for company while others are read to be sent, at most so many and so long (seconds): the
 #: fewer transactions, the fewer pages written twice. A crash meanwhile means that the server sees them again.
@@ -59,7 +60,11 @@ class Work:
         """Add an acknowledged run, joined to the one before it where they touch."""
         if not self.runs:
             self.runs_since = now
-        elif self.runs[-1].priority == run.priority and self.runs[-1].last + 1 == run.first:
+        elif (
+            self.runs[-1].priority == run.priority
+            and self.runs[-1].last + 1 == run.first
+            and self.runs[-1].messages + run.messages <= _LARGEST_TRANSACTION
+        ):
             last = self.runs.pop()
             run = Run(run.priority, last.first, run.last, last.messages + run.messages, last.bytes + run.bytes)
         self.runs.append(run)
@@ -73,6 +78,13 @@ class Work:
             if self.reads:
                 later.runs, self.runs = self.runs, []
                 later.runs_since = self.runs_since
+        count = 0
+        for position, run in enumerate(self.runs):
+            count += run.messages
+            if count > _LARGEST_TRANSACTION and position > 0:
+                later.runs, self.runs = self.runs[position:], self.runs[:position]
+                later.runs_since = self.runs_since
+                break
         count = 0
         for position, (drafts, _) in enumerate(self.requests):
             count += len(drafts)
@@ -154,3 +166,8 @@ def resolve(future: asyncio.Future[Any], outcome: Any) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def resolve_soon(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Resolve a future of the loop from another thread."""
+    future.get_loop().call_soon_threadsafe(resolve, future, outcome)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -196,3 +198,17 @@ def in_child(job: Callable[[], object], *, unprivileged: bool = False) -> str:
         return job()
 
     return answer(fork(run))
+
+
+def fate(job: Callable[[], object]) -> str:
+    """Run `job` in a forked child and return what it returned, its error, or the name of the signal that ended it."""
+
+    def run() -> object:
+        faulthandler.disable()
+        return job()
+
+    pid, reader = fork(run)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else said

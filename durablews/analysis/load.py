@@ -62,8 +62,8 @@ _QUEUE = 10
 _EMPTY_FILE = 131_072
 #: Bytes for the log beside the file: who only writes tidies it up above 8 MiB (durablews/outbox.py), a drainer at 4.
 WAL = 8 * 2**20
-#: Bytes of disk to leave alone: a full disk hurts everyone on it. A choice, not a measurement.
-RESERVE = 16 * 2**20
+#: Bytes that are held beside the file so that it can be emptied on a full disk (durablews/reserve.py says why so many).
+RESERVE = 4 * 2**20
 
 # -- Wear. Measured 2026-11-24 with durablews.connect and `durablews serve` in another process: virtual machine, Linux
 # 6.18, ext4 on a loop device of its own, SQLite 3.40.1, synchronous FULL. Bytes a message, sent and then settled by its

@@ -17,6 +17,7 @@ from durablews.entries import Gap, enqueue, read_caps
 from durablews.errors import ConfigError, DurablewsError, MessageTooLarge, OutboxFull, PayloadError
 from durablews.jobs import transaction
 from durablews.messages import Draft, decode_payload, draft, priority_number
+from durablews.reserve import Reserve
 from durablews.upkeep import checkpoint_if_alone
 
 __all__ = ["add_parser", "run"]
@@ -120,19 +121,28 @@ def _chunks() -> Iterator[bytes]:
 def _send_one(path: str, message: Draft) -> int:
     create(path)
     with closing(open_outbox(path)) as connection:
-        (sequence,) = _store(connection, path, [message])
+        (sequence,) = _store(connection, _reserve(connection, path), path, [message])
     if isinstance(sequence, Gap):
         raise OutboxFull(path, "the outbox is full; the message was dropped and counted (overflow is drop_new)")
     print(sequence)
     return 0
 
 
-def _store(connection: sqlite3.Connection, path: str, messages: Sequence[Draft]) -> list[int | Gap]:
+def _reserve(connection: sqlite3.Connection, path: str) -> Reserve:
+    reserve = Reserve(path, drainer=False)
+    with storage_errors(path):
+        reserve.open(connection)
+    return reserve
+
+
+def _store(connection: sqlite3.Connection, reserve: Reserve, path: str, messages: Sequence[Draft]) -> list[int | Gap]:
     """Store all of these in one transaction, or none."""
-    with storage_errors(path), transaction(connection):
-        (result,) = enqueue(connection, path, [messages], clock=SystemClock())
-        if isinstance(result, DurablewsError):
-            raise result
+    with storage_errors(path):
+        reserve.admit(connection, [messages])
+        with transaction(connection):
+            (result,) = enqueue(connection, path, [messages], clock=SystemClock())
+            if isinstance(result, DurablewsError):
+                raise result
     return result
 
 
@@ -141,6 +151,7 @@ class _Lines:
 
     def __init__(self, connection: sqlite3.Connection, path: str, options: dict[str, Any]) -> None:
         self._connection = connection
+        self._reserve = _reserve(connection, path)
         self._path = path
         self._options = options
         self._log_limit = _LONG_LOG
@@ -186,7 +197,7 @@ class _Lines:
 
     def _store_group(self, messages: list[Draft]) -> None:
         try:
-            self._count(_store(self._connection, self._path, messages))
+            self._count(_store(self._connection, self._reserve, self._path, messages))
         except OutboxFull:
             if len(messages) == 1:
                 raise
