@@ -147,7 +147,11 @@ async def fight(
         await outbox.send_many(range(MESSAGES))
     clients: list[Client] = []
     judged = asyncio.Event()
-    trouble = Attacks([*attacks, lambda server, ws: judged.wait()], lambda: clients[0])
+
+    async def wait(server: PlainServer, ws: ServerConnection) -> None:
+        await judged.wait()
+
+    trouble = Attacks([*attacks, wait], lambda: clients[0])
     server = PlainServer(trouble)
     server.compression = compression
     async with server:
