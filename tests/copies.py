@@ -96,7 +96,9 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, seed: object, *, refuse: Callable[[], set[int]] = set) -> AsyncIterator[World]:
+async def world(
+    folder: Path, seed: object, *, refuse: Callable[[], set[int]] = set, window: int | None = None
+) -> AsyncIterator[World]:
     """A world whose server refuses for good, once, what it is told to."""
     made = World(folder, random.Random(str(seed)))
     genuine = receiver.Receiver.serve
@@ -117,7 +119,7 @@ async def world(folder: Path, seed: object, *, refuse: Callable[[], set[int]] = 
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(receiver.Receiver, "serve", serve)
-        async with made.inbox.serving(window=made.dice.choice((1, 8, 1024))) as made.receiver:
+        async with made.inbox.serving(window=window or made.dice.choice((1, 8, 1024))) as made.receiver:
             yield made
 
 
@@ -271,26 +273,29 @@ async def until_both_stand(one: Client, two: Client) -> None:
 
 
 _CHILD = """
-import asyncio, sys, durablews
+import asyncio, os, sys, durablews
+from durablews.storage import Storage
+if os.environ.get("DURABLEWS_TEST_UNSYNCED"):
+    Storage.synced_read = lambda self, connection, job: job(connection)
 async def main(url, path):
     async with durablews.connect(url, path, durability="process", proxy=None) as ws:
         number = int(sys.argv[3])
-        while True:
+        while number < int(sys.argv[3]) + 3000:
             await asyncio.gather(*(ws.send(number + n) for n in range(20)))
             number += 20
-            print(number, flush=True)
+        await asyncio.sleep(1000)
 asyncio.run(main(*sys.argv[1:3]))
 """
 
 
-async def lose_power(disk: Disk, folder: Path, *, cuts: int) -> None:
+async def lose_power(disk: Disk, folder: Path, *, cuts: int, **environment: str) -> None:
     """Let a client that does not sync lose power while it sends and delivers, and go on with what is left."""
-    async with world(folder, f"{SEED}-power") as w:
+    async with world(folder, f"{SEED}-power", window=1024) as w:
         for life in range(cuts):
             first = 1_000_000 * (life + 1)
             with disk.mounted() as where:
                 command = [sys.executable, "-c", _CHILD, w.inbox.url, str(where / "agent.db"), str(first)]
-                child = Process(folder, f"child{life}", command)
+                child = Process(folder, f"child{life}", command, **environment)
                 enough = first + w.dice.randrange(40, 400)
                 while max(w.known(), default=0) < enough:
                     assert child.running, child.err.read_text()

@@ -116,3 +116,11 @@ async def test_clones_that_never_part_are_found(disk: Disk, tmp_path: Path, monk
     monkeypatch.setattr(Suspicion, "_taken_over", lambda self, closed, now: Verdict.NOTHING)
     with pytest.raises(AssertionError, match="without end"):
         await cloned(disk, tmp_path, sends=0)
+
+
+async def test_a_lost_tail_without_guards_is_found(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness is proven: what is sent unsynced, lost, and numbered again is taken for a repeat."""
+    _no_raise(monkeypatch)
+    MUTANTS["last is claimed too high"][1](monkeypatch)
+    with pytest.raises(AssertionError, match="lost"):
+        await lose_power(disk, tmp_path, cuts=3, DURABLEWS_TEST_UNSYNCED="1")
