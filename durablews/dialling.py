@@ -26,6 +26,8 @@ __all__ = ["DialFailed", "dial", "server_date"]
 
 # The close handshake with a server that may be gone: it must not hold up the next attempt.
 _CLOSE_TIMEOUT = 2.0
+# Bytes of pongs that may wait for a server that asks and does not read; at its largest, one has 131.
+_MOST_UNREAD = 1024 * 1024
 
 
 class DialFailed(Exception):
@@ -44,9 +46,23 @@ class _NoSecrets(logging.LoggerAdapter[logging.Logger]):
 
 
 class _Connection(ClientConnection):
-    """Remembers what ended it: a TLS 1.3 server refuses a client's certificate only after the handshake."""
+    """Remembers what ended it: a TLS 1.3 server refuses a client's certificate only after the handshake.
+
+    And leaves a server that pings without end and does not read the pongs: websockets would gather them all (P6).
+    """
 
     lost_by: Exception | None = None
+    _unread = 0
+
+    def data_received(self, data: bytes) -> None:
+        before = self.transport.get_write_buffer_size()
+        super().data_received(data)
+        # Nobody else writes meanwhile: what was added is what this data asked for.
+        waiting = self.transport.get_write_buffer_size()
+        self._unread = self._unread + max(0, waiting - before) if waiting else 0
+        if self._unread > _MOST_UNREAD and not self.transport.is_closing():
+            self.protocol.fail(4408, "the server pings and pings, and does not read the pongs")
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost_by = exc

@@ -29,6 +29,8 @@ _OWNERSHIP_WAIT, _OWNERSHIP_LOOK = 5.0, 0.05
 _TOO_LARGE_TRIES, _TOO_LARGE_BETWEEN = 3, 600_000
 # The server's Date and the machine's clock confirm one another when they differ by at most so many ms.
 _CONFIRMING = 120_000
+# ms of age that a power cut may cost.
+_LONGEST_UNSAVED = 60_000
 
 
 class Page(Struct, frozen=True):
@@ -55,6 +57,15 @@ def exposure(window: int) -> int:
     the read-ahead bounds, for nothing more is read meanwhile.
     """
     return window + 2 * (window + READ_AHEAD_MESSAGES) + SETTLE_MESSAGES
+
+
+def _save_every(boot: int) -> int:
+    """Return after how many ms the outbox clock is written down, so many after the machine's boot.
+
+    A machine whose power goes every half minute must not stay in the same minute for ever: half of each time that it
+    was on is kept at least. That is seven more commits for a boot.
+    """
+    return min(_LONGEST_UNSAVED, max(1000, boot // 2))
 
 
 class DrainedOutbox(Outbox):
@@ -118,8 +129,13 @@ class DrainedOutbox(Outbox):
             self._ownership.release()
 
     def leave(self) -> asyncio.Future[None]:
-        """Note, as the last change, that nothing was in flight any more."""
-        return self.storage.change(identity.leave)
+        """Note, as the last change, that nothing was in flight any more, and how late it is."""
+
+        def job(connection: sqlite3.Connection) -> None:
+            identity.leave(connection)
+            self._save_clock(connection)
+
+        return self.storage.change(job)
 
     # -- what to send
 
@@ -246,17 +262,22 @@ class DrainedOutbox(Outbox):
     def _something_is_due(self, connection: sqlite3.Connection) -> tuple[Counts, bool]:
         now = entries.outbox_time(connection, self.clock)
         max_age = entries.read_caps(connection).max_age
-        return read_counts(connection), settlement.is_due(connection, now, max_age)
+        return read_counts(connection), settlement.is_due(connection, now, max_age, _save_every(self.clock.boot()))
 
     def _expire(self, connection: sqlite3.Connection) -> None:
-        now = entries.outbox_time(connection, self.clock)
         # Written down whenever age matters, so that it goes on counting after a reboot.
+        now = self._save_clock(connection)
+        max_age = entries.read_caps(connection).max_age
+        settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
+
+    def _save_clock(self, connection: sqlite3.Connection) -> int:
+        """Write the outbox clock down, and return it."""
+        now = entries.outbox_time(connection, self.clock)
         connection.execute(
             "UPDATE durablews_meta SET clock = ?, boot = ?, boot_clock = ?",
             (now, self.clock.boot_id, self.clock.boot()),
         )
-        max_age = entries.read_caps(connection).max_age
-        settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
+        return now
 
     def restore_reserve(self) -> asyncio.Future[bool]:
         """Make the reserve whole if there is room; the future says whether it is."""

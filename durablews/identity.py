@@ -46,7 +46,7 @@ def take_over(
     if (file or inode) != inode or (where or machine) != machine:
         stream = renew_stream(connection)
     last = last_sequence(connection)
-    given_out = raised_from if raised_to is not None and last == raised_to else last
+    given_out = last if raised_to is None else raised_from
     raised = last + 1 + draw(_LARGEST_RAISE)
     if raised > _LAST_OF_A_STREAM:
         stream = renew_stream(connection)
@@ -62,14 +62,18 @@ def take_over(
 
 
 def claimed_last(connection: sqlite3.Connection) -> int:
-    """Return `last` for a hello: the highest sequence given out. A raise counts once a welcome has followed it."""
-    last = last_sequence(connection)
+    """Return `last` for a hello: the highest sequence given out before the first raise that no welcome has followed.
+
+    What came after that raise was never sent, so no server has seen a number above it, unless it knows another life of
+    this file. To claim more could hide that: of what was given out between several openings, the first may lie below
+    what the server has seen, and the last above.
+    """
     raised_from, raised_to = connection.execute("SELECT raised_from, raised_to FROM durablews_meta").fetchone()
-    return int(raised_from) if raised_to is not None and last == raised_to else last
+    return last_sequence(connection) if raised_to is None else int(raised_from)
 
 
 def confirm_raise(connection: sqlite3.Connection) -> None:
-    """Note that a server has welcomed this stream after its raise."""
+    """Note that a server has welcomed this stream after its raise; before anything is sent on that connection."""
     connection.execute("UPDATE durablews_meta SET raised_from = NULL, raised_to = NULL WHERE raised_to IS NOT NULL")
 
 

@@ -36,8 +36,6 @@ _MAX_DEAD_MESSAGES = 10_000
 _MAX_DEAD_BYTES = 64 * 1024 * 1024
 # One expiry statement takes so many rows: the write lock is not held for a backlog of millions.
 _EXPIRY_PAGE = 5_000
-# ms: while the age of something matters, so much of it at most is forgotten by a power cut.
-_CLOCK_SAVED_EVERY = 60_000
 
 
 _DELETE_ALONG_INDEX = "DELETE FROM durablews_entries WHERE priority = ? AND seq BETWEEN ? AND ? AND ack_state < 2"
@@ -254,8 +252,12 @@ def stamp_unseen(connection: sqlite3.Connection, now: int) -> None:
     connection.execute("UPDATE durablews_entries SET born = ? WHERE born IS NULL", (now,))
 
 
-def is_due(connection: sqlite3.Connection, now: int, max_age: int | None) -> bool:
-    """Tell cheaply whether `expire` would find something, or a later minute of the clock is worth writing down."""
+def is_due(connection: sqlite3.Connection, now: int, max_age: int | None, save_every: int) -> bool:
+    """Tell cheaply whether `expire` would find something, or the clock is worth writing down.
+
+    It is while the age of something matters, when `save_every` ms have passed since: so much is forgotten by a power
+    cut.
+    """
     ttl = connection.execute(
         "SELECT 1 FROM durablews_entries WHERE ttl IS NOT NULL AND born + ttl <= ? AND ack_state <> 2 LIMIT 1", (now,)
     ).fetchone()
@@ -269,7 +271,7 @@ def is_due(connection: sqlite3.Connection, now: int, max_age: int | None) -> boo
         return True
     matters = (max_age is not None and oldest is not None) or connection.execute(ages).fetchone() is not None
     saved = connection.execute("SELECT clock FROM durablews_meta").fetchone()[0]
-    return matters and now - saved >= _CLOCK_SAVED_EVERY
+    return matters and now - saved >= save_every
 
 
 def expire(connection: sqlite3.Connection, now: int, max_age: int | None, claims: Claims, wall: int) -> list[int]:

@@ -147,6 +147,7 @@ class PlainServer:
         #: What the handshake is answered with instead of 101: status and headers.
         self.refusal: tuple[int, dict[str, str]] | None = None
         self.select = True
+        self.compression: str | None = None
         self.window = window
         self.applied: list[tuple[int, Any]] = []
         self.seen: dict[tuple[str, int], int] = {}
@@ -172,7 +173,7 @@ class PlainServer:
             self.port,
             process_request=self._request,
             select_subprotocol=self._select,
-            compression=None,
+            compression=self.compression,
             logger=silent,
         )
         self.port = self._server.sockets[0].getsockname()[1]

@@ -49,6 +49,11 @@ class FakeClock:
         """Set the wall clock forward or back, as NTP does."""
         self._wall += milliseconds
 
+    def suspend(self, milliseconds: int) -> None:
+        """Let the machine sleep: the clock for waiting stands still meanwhile."""
+        self._wall += milliseconds
+        self._boot += milliseconds
+
     def reboot(self, *, off: int = 0, wall: int | None = None) -> None:
         """Switch the machine off for some milliseconds and on again; without a battery it comes up at `wall`."""
         number = int(self.boot_id.rpartition("-")[2])

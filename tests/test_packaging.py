@@ -87,7 +87,7 @@ def test_the_dependencies_are_three_and_not_pinned() -> None:
 
 def test_both_ways_to_ask_for_the_test_tools_are_one_list() -> None:
     """The extra and the dependency group cannot drift apart."""
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"socks", "test"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"fuzz", "socks", "test"}
     assert PROJECT["dependency-groups"]["test"] == ["durablews[test]"]
 
 
