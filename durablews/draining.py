@@ -145,7 +145,7 @@ class DrainedOutbox(Outbox):
 
     def _fetch(self, connection: sqlite3.Connection, want: Want) -> Page:
         after = dict(want.after)
-        for run in self.storage.owed:  # acknowledged, and the disk could not say so yet
+        for run in self.storage.committer.owed:  # acknowledged, and the disk could not say so yet
             after[run.priority] = max(after.get(run.priority, 0), run.last)
 
         def peek(connection: sqlite3.Connection) -> Page:
@@ -159,7 +159,7 @@ class DrainedOutbox(Outbox):
             )
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
-        return self.storage.synced_read(connection, peek)
+        return self.storage.committer.synced_read(connection, peek)
 
     async def introduce(self) -> tuple[str, int]:
         """Return the stream and the `last` of a hello that is sent now."""
@@ -170,7 +170,7 @@ class DrainedOutbox(Outbox):
     def record(self, action: Refuse | Requeue | SetAside) -> asyncio.Future[Refusal | None]:
         """Write what becomes of one entry, before anything that follows it is read and sent.
 
-        Under ``durability="process"`` its commit is not synced by itself; `Storage.synced_read`, through which every
+        Under ``durability="process"`` its commit is not synced by itself; `Committer.synced_read`, through which every
         later entry comes, does that first (PROTOCOL.md C8).
 
         Returns:
@@ -210,7 +210,7 @@ class DrainedOutbox(Outbox):
     async def renew_stream(self) -> None:
         """Give the outbox a new stream, on the medium when this returns, whatever the durability setting."""
         self.stream = await self.storage.change(identity.renew_stream)
-        await self.storage.read(lambda connection: self.storage.synced_read(connection, lambda _: None))
+        await self.storage.read(lambda connection: self.storage.committer.synced_read(connection, lambda _: None))
 
     def welcomed(self, max_bytes: int | None) -> asyncio.Future[list[tuple[int, Refusal]]]:
         """Note that a server takes frames of `max_bytes`; the future gives what was too large for too long."""
@@ -268,7 +268,7 @@ class DrainedOutbox(Outbox):
         # Written down whenever age matters, so that it goes on counting after a reboot.
         now = self._save_clock(connection)
         max_age = entries.read_caps(connection).max_age
-        settlement.expire(connection, now, max_age, self.storage.claimed, self.clock.wall())
+        settlement.expire(connection, now, max_age, self.storage.committer.claimed, self.clock.wall())
 
     def _save_clock(self, connection: sqlite3.Connection) -> int:
         """Write the outbox clock down, and return it."""
@@ -281,7 +281,7 @@ class DrainedOutbox(Outbox):
 
     def restore_reserve(self) -> asyncio.Future[bool]:
         """Make the reserve whole if there is room; the future says whether it is."""
-        return self.storage.read(lambda connection: self.storage.reserve.restore())
+        return self.storage.read(lambda connection: self.storage.committer.reserve.restore())
 
     def give_back(self) -> asyncio.Future[bool]:
         """Give some free pages of the file back; the future says whether there are more."""

@@ -11,27 +11,24 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import aiosqlite
 
-from durablews import database, entries
+from durablews import database
 from durablews.clock import Clock
+from durablews.committing import Committer
 from durablews.connecting import open_connection
 from durablews.entries import Claims, Gap
-from durablews.errors import DurablewsError, OutboxClosed, OutboxError, OutboxFull, StorageFailed
-from durablews.jobs import run_job, transaction
+from durablews.errors import OutboxClosed, OutboxError, OutboxFull, StorageFailed
+from durablews.jobs import run_job
 from durablews.messages import Draft, Entry, Run
-from durablews.reserve import Reserve
-from durablews.settlement import CountsDiffer, settle, settle_at_once, stamp_unseen
 from durablews.walindex import close_gone
-from durablews.work import SETTLE_DELAY, Work, as_entries, resolve_all, resolve_soon
+from durablews.work import SETTLE_DELAY, Work, resolve_all
 
 __all__ = ["Storage"]
 
 T = TypeVar("T")
-_Enqueued = list[int | Gap] | DurablewsError
 
 # Seconds between tries of owed changes while the disk fails: doubling from the first to the second.
 _RETRY_DELAYS = (0.5, 30.0)
@@ -58,31 +55,19 @@ class Storage:
         self.claims: Callable[[], Claims] = dict
         #: Gives up what was read and not sent, so that a policy may take it; says whether there was any.
         self.unread: Callable[[], bool] = lambda: False
-        #: The claims of the transaction that runs.
-        self.claimed: Claims = {}
-        #: Acknowledged runs that are still in the file, for the reads of the same job.
-        self.owed: Sequence[Run] = ()
         #: Called in the loop after messages were stored, with those that need not be read back, and after runs were
         #: settled.
         self.on_stored: Callable[[Sequence[Entry]], None] = lambda entries: None
         self.on_settled: Callable[[Sequence[Run]], None] = lambda runs: None
-        self.reserve = Reserve(path, drainer=drainer)
+        self.committer = Committer(path, durability=durability, drainer=drainer, clock=clock)
         self._trouble: str | None = None
-        self._durability = durability
         self._commit_interval = commit_interval
-        self._drainer = drainer
         self._db: aiosqlite.Connection | None = None
         self._writer: asyncio.Task[None] | None = None
         self._next = Work()
         self._wake = asyncio.Event()
         self._closing = False
         self._deferred = False
-        # Of the drainer's connection: everything up to this data_version is synced, unless `_unsynced`.
-        self._synced_version = -1
-        self._unsynced = False
-        # What the transaction of this job stored, where nothing else can have come before it; whether others wrote.
-        self._tail: Sequence[Entry] = ()
-        self._others_wrote = False
 
     async def open(self, first: Callable[[sqlite3.Connection], T]) -> T:
         """Open the file and run `first` in one synced transaction before anything else.
@@ -95,7 +80,7 @@ class Storage:
             self._db = await open_connection(database.uri(self.path, "rw"), uri=True, timeout=database.BUSY_TIMEOUT)
         try:
             with database.storage_errors(self.path):
-                result = await run_job(self._db, lambda connection: self._first_job(connection, first))
+                result = await run_job(self._db, lambda connection: self.committer.begin(connection, first))
         except BaseException:
             await self._stop()
             raise
@@ -120,7 +105,7 @@ class Storage:
     @property
     def trouble(self) -> str | None:
         """What ails the disk, as a sentence: why owed changes cannot be written just now, or new messages; or None."""
-        return self._trouble or self.reserve.trouble
+        return self._trouble or self.committer.reserve.trouble
 
     @trouble.setter
     def trouble(self, trouble: str | None) -> None:
@@ -161,34 +146,6 @@ class Storage:
         self._next.reads.append((job, future))
         self._wake.set()
         return future
-
-    def synced_read(self, connection: sqlite3.Connection, job: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `job` so that all it sees is on the medium (PROTOCOL.md C8).
-
-        What another connection committed may be in the operating system's cache only, and so may our own commits under
-        ``durability="process"``: then one synced commit that writes something comes first, which syncs the log up to
-        and including everything before it.
-        """
-        connection.execute("BEGIN")
-        try:
-            result = job(connection)
-            version = _data_version(connection)
-        finally:
-            connection.execute("COMMIT")
-        if version == self._synced_version and not self._unsynced:
-            return result
-        database.set_synchronous(connection, self.path, database.SYNCHRONOUS["power"])
-        try:
-            with transaction(connection):
-                version = self._absorb(connection)
-                # There and back: SQLite writes no row that stays as it is, and what writes no page is not synced.
-                for step in (1, -1):
-                    connection.execute("UPDATE durablews_meta SET boot_clock = boot_clock + ?", (step,))
-                result = job(connection)
-        finally:
-            database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
-        self._synced_version, self._unsynced = version, False
-        return result
 
     # -- in the loop
 
@@ -270,9 +227,9 @@ class Storage:
         """Do one transaction's work; return why what is owed could not be written, after putting it back."""
         assert self._db is not None
         waiting = list(self._next.runs)
-        self.claimed = self.claims()
+        self.committer.claimed = self.claims()
         try:
-            results, error = await run_job(self._db, lambda connection: self._job(connection, work, waiting))
+            results, error = await run_job(self._db, lambda connection: self.committer.run(connection, work, waiting))
         except BaseException:
             self._next.put_back(work, requests=True)
             raise
@@ -288,9 +245,11 @@ class Storage:
                 self.on_settled(work.runs)
         else:
             self._next.put_back(work)
-        if stored or self._others_wrote:
-            self._others_wrote = False
-            self.on_stored(self._tail)
+        if self.committer.others_wrote:
+            self.committer.others_wrote = False
+            self.on_stored(())  # theirs may stand before what is stored next
+        elif stored:
+            self.on_stored(self.committer.tail)
         return error
 
     async def _stop(self) -> None:
@@ -304,112 +263,3 @@ class Storage:
     def _create(self) -> None:
         database.create(self.path)
         database.require_file(self.path)
-
-    def _first_job(self, connection: sqlite3.Connection, first: Callable[[sqlite3.Connection], T]) -> T:
-        with database.room_to_open(self.path):
-            database.prepare(connection, self.path, drainer=self._drainer)
-        self.reserve.open(connection)
-
-        def begin() -> T:
-            with transaction(connection):
-                entries.outbox_time(connection, self.clock)
-                self._synced_version = self._absorb(connection)
-                return first(connection)
-
-        result = self.reserve.insist(connection, begin)
-        if self._durability != "power":
-            database.set_synchronous(connection, self.path, database.SYNCHRONOUS[self._durability])
-        return result
-
-    def _job(
-        self, connection: sqlite3.Connection, work: Work, waiting: Sequence[Run]
-    ) -> tuple[list[_Enqueued], OutboxError | None]:
-        """One transaction, then the reads. When it fails, what is owed is tried again without the requests."""
-        requests = [drafts for drafts, _ in work.requests]
-        owed = partial(self._transaction, connection, work, ())
-        results: list[_Enqueued] = []
-        error: OutboxError | None = None
-        self._tail = ()
-        if work.requests or work.changes or work.runs:
-            try:
-                if requests:
-                    storing = partial(self._transaction, connection, work, requests)
-                    results = self.reserve.insist(connection, storing, owed=False)
-                else:
-                    self.reserve.insist(connection, owed)
-            except OutboxError as exc:
-                results, error = [exc] * len(requests), exc
-                if requests and (work.changes or work.runs):
-                    try:
-                        self.reserve.insist(connection, owed)
-                    except OutboxError as again:
-                        error = again
-                        with contextlib.suppress(OutboxError):  # what is owed must not keep others from storing
-                            results = self._transaction(connection, Work(), requests)
-                    else:
-                        error = None
-                elif requests:
-                    error = None
-        self.owed = [*waiting, *work.runs] if error else waiting
-        for job, future in work.reads:
-            try:
-                outcome: Any = self.reserve.insist(connection, partial(job, connection))
-            except Exception as exc:
-                outcome = exc
-            resolve_soon(future, outcome)
-        return results, error
-
-    def _transaction(
-        self, connection: sqlite3.Connection, work: Work, requests: Sequence[Sequence[Draft]]
-    ) -> list[_Enqueued]:
-        try:
-            with database.storage_errors(self.path):
-                try:
-                    results, outcomes = self._write(connection, work, requests, settle_at_once)
-                except CountsDiffer:
-                    results, outcomes = self._write(connection, work, requests, settle)
-        except DurablewsError:
-            raise
-        except Exception as exc:  # a defect of ours: its callers must hear of it, and the writer must live on
-            raise StorageFailed(self.path, f"a defect in durablews: {exc!r}; nothing was stored") from exc
-        for (_, future), outcome in zip(work.changes, outcomes, strict=True):
-            resolve_soon(future, outcome)
-        return results
-
-    def _write(
-        self,
-        connection: sqlite3.Connection,
-        work: Work,
-        requests: Sequence[Sequence[Draft]],
-        settle_runs: Callable[[sqlite3.Connection, Sequence[Run]], None],
-    ) -> tuple[list[_Enqueued], list[Any]]:
-        results: list[_Enqueued] = []
-        self.reserve.admit(connection, requests)
-        with transaction(connection):
-            version = self._absorb(connection) if self._drainer else -1
-            if work.runs:
-                settle_runs(connection, work.runs)
-            outcomes = [job(connection) for job, _ in work.changes]
-            if requests:
-                wall = self.clock.wall()
-                results = entries.enqueue(
-                    connection, self.path, requests, clock=self.clock, claims=self.claimed, wall=wall
-                )
-        self._synced_version = version
-        self._unsynced = self._durability != "power"
-        # Changes may have put something before it, and so may others; and nothing is sent that is not synced.
-        if requests and self._drainer and not (work.changes or self._others_wrote or self._unsynced):
-            self._tail = as_entries(requests, results, wall)
-        return results, outcomes
-
-    def _absorb(self, connection: sqlite3.Connection) -> int:
-        """Start the age of what others inserted; return the data_version that this transaction stands on."""
-        version = _data_version(connection)
-        if version != self._synced_version:
-            self._others_wrote = True
-            stamp_unseen(connection, entries.outbox_time(connection, self.clock))
-        return version
-
-
-def _data_version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA data_version").fetchone()[0])

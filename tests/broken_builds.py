@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from durablews import connecting, database, entries, identity, jobs, messages, outbox, schema
+from durablews.committing import Committer
 from durablews.delivery.actions import Settle
 from durablews.delivery.delivery import Delivery
 from durablews.link import Link
 from durablews.messages import Run
 from durablews.receiver.exchange import Exchange, Opening, Outcome
 from durablews.receiver.session import Session
-from durablews.storage import Storage
 from durablews.work import Work, resolve_all
 
 __all__ = ["BUILDS"]
@@ -24,10 +24,10 @@ __all__ = ["BUILDS"]
 
 def answers_early() -> None:
     """A `send` that returns before the commit."""
-    genuine = Storage._write
+    genuine = Committer._write
 
     def write(
-        self: Storage,
+        self: Committer,
         connection: sqlite3.Connection,
         work: Work,
         requests: Sequence[Any],
@@ -35,7 +35,7 @@ def answers_early() -> None:
     ) -> Any:
         def enqueue(*args: Any, **options: Any) -> Any:
             results = enqueued(*args, **options)
-            self._loop.call_soon_threadsafe(resolve_all, work.requests, results)
+            work.requests[0][1].get_loop().call_soon_threadsafe(resolve_all, work.requests, results)
             return results
 
         enqueued, entries.enqueue = entries.enqueue, enqueue
@@ -44,7 +44,7 @@ def answers_early() -> None:
         finally:
             entries.enqueue = enqueued
 
-    Storage._write = write  # type: ignore[method-assign]
+    Committer._write = write  # type: ignore[method-assign]
 
 
 class _Uncommitting:

@@ -274,9 +274,9 @@ async def until_both_stand(one: Client, two: Client) -> None:
 
 _CHILD = """
 import asyncio, os, sys, durablews
-from durablews.storage import Storage
+from durablews.committing import Committer
 if os.environ.get("DURABLEWS_TEST_UNSYNCED"):
-    Storage.synced_read = lambda self, connection, job: job(connection)
+    Committer.synced_read = lambda self, connection, job: job(connection)
 async def main(url, path):
     async with durablews.connect(url, path, durability="process", proxy=None) as ws:
         number = int(sys.argv[3])

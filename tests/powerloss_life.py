@@ -26,6 +26,7 @@ from websockets.typing import Subprotocol
 
 import durablews
 from durablews import database, housekeeping, outbox, upkeep
+from durablews.committing import Committer
 from durablews.entries import Gap
 from durablews.errors import Rejected
 from durablews.outbox import Outbox, Receipt
@@ -253,7 +254,7 @@ def sync_nothing() -> None:
 
 def send_what_is_not_synced() -> None:
     """The drainer sends what it reads, on the medium or not (PROTOCOL.md C8)."""
-    Storage.synced_read = lambda self, connection, job: job(connection)  # type: ignore[method-assign]
+    Committer.synced_read = lambda self, connection, job: job(connection)  # type: ignore[method-assign]
 
 
 #: By name, what a life can be told to break in the library before it begins.

@@ -344,7 +344,7 @@ async def test_the_synced_commit_before_a_send_writes_a_page(tmp_path: Path) -> 
         for number in range(3):
             await box.send(number)
             before = database.wal_bytes(str(path))
-            await box.storage.read(lambda connection: box.storage.synced_read(connection, lambda _: None))
+            await box.storage.read(lambda connection: box.storage.committer.synced_read(connection, lambda _: None))
             assert database.wal_bytes(str(path)) > before
 
 

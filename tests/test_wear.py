@@ -16,10 +16,10 @@ from support import application_database, integrity, new_outbox
 import durablews
 from durablews import housekeeping, upkeep
 from durablews.client import Client
+from durablews.committing import Committer
 from durablews.errors import ConfigError
 from durablews.jobs import transaction
 from durablews.messages import Run
-from durablews.storage import Storage
 from durablews.work import Work
 
 
@@ -35,14 +35,14 @@ def client(server: PlainServer, path: Path, **settings: Any) -> Client:
 def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of messages in each transaction that stored any."""
     counted: list[int] = []
-    genuine = Storage._transaction
+    genuine = Committer._transaction
 
-    def transaction(self: Storage, connection: Any, work: Any, requests: Any) -> Any:
+    def transaction(self: Committer, connection: Any, work: Any, requests: Any) -> Any:
         if requests:
             counted.append(sum(len(drafts) for drafts in requests))
         return genuine(self, connection, work, requests)
 
-    monkeypatch.setattr(Storage, "_transaction", transaction)
+    monkeypatch.setattr(Committer, "_transaction", transaction)
     return counted
 
 
@@ -137,14 +137,14 @@ async def test_what_was_acknowledged_is_deleted_in_the_commit_of_what_is_sent_ne
 ) -> None:
     """One commit a message instead of two: the first deletes nothing, the second the first, the third the second."""
     done: list[tuple[int, int]] = []
-    genuine = Storage._transaction
+    genuine = Committer._transaction
 
-    def transaction(self: Storage, connection: Any, work: Any, requests: Any) -> Any:
+    def transaction(self: Committer, connection: Any, work: Any, requests: Any) -> Any:
         if work.runs or requests:
             done.append((sum(map(len, requests)), sum(run.messages for run in work.runs)))
         return genuine(self, connection, work, requests)
 
-    monkeypatch.setattr(Storage, "_transaction", transaction)
+    monkeypatch.setattr(Committer, "_transaction", transaction)
     async with PlainServer() as server, client(server, tmp_path, commit_interval=0.3) as ws:
         await until(lambda: ws.state.value == "CONNECTED")
         for number in range(3):
