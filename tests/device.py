@@ -94,6 +94,8 @@ class Device:
         self.path.write_bytes(_new_outbox())
         self.witness = Witness(server)
         self.produced = 0
+        #: What was seen while the library ran.
+        self.violations: list[Violation] = []
         self.connection: Connection | None = None
         #: Connections that this end has left, and that the server may still read.
         self.late: list[Connection] = []
@@ -118,6 +120,8 @@ class Device:
     def go_on(self) -> None:
         """Let the client do what it can do now, and look at what its callers were told."""
         self.loop.run_until_idle()
+        if self.violations:
+            raise self.violations[0]
         if self.loop.defects:
             raise Violation(f"P8: a defect: {self.loop.defects}")
         for number, task in list(self.sends.items()):

@@ -28,7 +28,7 @@ from durablews.config import DeliveryConfig
 
 MOODS = get_args(Mood)
 KINDS = ("plain", "plain", "plain", "plain", "refused", "poison")
-SAYS = ("flow", "flow", "ping", "bye", "close", "answers nobody asked for")
+SAYS = ("flow", "flow", "ping", "bye", "close", "stray answers")
 OVERFLOWS = ("reject", "drop_oldest", "drop_new")
 MOST = (4, 12, 1000)
 DISASTERS = ("cut", "crash", "crash", "restart", "crash of the server", "backup")

@@ -76,6 +76,13 @@ class World(Device):
         self.go_on()
 
     def _sent(self, connection: Connection, data: str | bytes) -> None:
+        """Judge what the client hands over; `go_on` raises it, for the library survives what is raised here."""
+        try:
+            self._judge(connection, data)
+        except Violation as exc:
+            self.violations.append(exc)
+
+    def _judge(self, connection: Connection, data: str | bytes) -> None:
         frame = self.codec.decode_client(data)
         if isinstance(frame, Msgs):
             self.witness.sent(connection.traffic, self.outbox.stream, frame)
@@ -87,8 +94,12 @@ class World(Device):
 
     def read(self) -> None:
         """Let the next answer arrive at the client."""
-        connection = self.connection
-        assert connection is not None
+        assert self.connection is not None
+        self._read(self.connection)
+
+    def _read(self, connection: Connection) -> None:
+        if not connection.socket.to_client:
+            return
         frame = connection.socket.to_client[0]
         if not isinstance(frame, Close):
             self.witness.read(connection.traffic, self.codec, frame)
@@ -205,7 +216,7 @@ class World(Device):
             self.cut(read_on=False)
 
     def speak(self, what: str, window: int) -> None:
-        """Let the server say something by itself: "flow", "ping", "bye", or answers for what was never in flight."""
+        """Let the server say something by itself: "flow", "ping", "bye", "close", or answers for what is not in flight."""
         connection = self.connection
         if connection is None or connection.closed or not connection.exchange.session.open:
             return
@@ -217,10 +228,12 @@ class World(Device):
             connection.say(Bye(1000))
         elif what == "close":
             connection.close((1000, 1006, 1011, 1012, 4429)[window % 5], "as servers do")
-        else:
-            priority = 7  # nobody uses it
-            connection.say(Ack(priority, 2**52))
-            connection.say(Nack(priority, 1, True, "invalid"))
+        elif not connection.socket.to_client:
+            for priority in (-1, 0, 1, 7):
+                if not connection.traffic.unanswered.get(priority):
+                    for answer in (Ack(priority, 2**52), Nack(priority, 1, True, "invalid"), Nack(priority, 2**52)):
+                        connection.say(answer)
+                        self._read(connection)
 
     # -- the end
 
