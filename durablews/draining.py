@@ -79,6 +79,8 @@ class DrainedOutbox(Outbox):
         # By priority: entries whose fate is not written yet, and whether a read has left out their priority for that.
         self._unwritten = Counter[int]()
         self._withheld = False
+        # In flight on connections that were lost, which is not written yet.
+        self._unmarked: list[Run] = []
         self._ownership = Ownership(self.path)
         deadline = asyncio.get_running_loop().time() + _OWNERSHIP_WAIT
         while (holder := self._acquire()) is not None:
@@ -203,9 +205,26 @@ class DrainedOutbox(Outbox):
         """Write what an answer or a loss showed about entries that stay."""
         wall = self.clock.wall()
         if isinstance(action, MarkUnanswered):
-            self.storage.change(lambda connection: settlement.mark_unanswered(connection, action.runs, wall))
+            marked = self.storage.change(lambda connection: settlement.mark_unanswered(connection, action.runs, wall))
+            self._unmarked += action.runs
+            marked.add_done_callback(lambda _: self._forget(action))
         else:
             self.storage.change(lambda connection: settlement.take_back(connection, action.run, wall))
+
+    def _forget(self, action: MarkUnanswered) -> None:
+        for run in action.runs:
+            self._unmarked.remove(run)
+
+    def claims(self, in_flight: entries.Claims) -> entries.Claims:
+        """Return what no policy may take: what is in flight, and what was on a connection whose loss is not written yet.
+
+        An expiry that a full or locked disk held up runs before that is: it would report what was sent as never sent.
+        """
+        claims = dict(in_flight)
+        for run in self._unmarked:
+            first, last = claims.get(run.priority, (run.first, run.last))
+            claims[run.priority] = min(first, run.first), max(last, run.last)
+        return claims
 
     def settle(self, run: Run) -> None:
         """Delete what the server acknowledged."""

@@ -348,6 +348,26 @@ def test_what_a_nack_made_of_a_message_is_written_before_it_is_read_again(on_ret
         world.end()
 
 
+def test_an_expiry_that_had_to_wait_knows_what_was_sent_meanwhile() -> None:
+    """A lost connection whose messages cannot be marked yet takes none of them from its count: what was sent does not
+    expire as never sent (P2, PROTOCOL.md C3)."""
+    world = World(random.Random(1), delivery=DeliveryConfig(), caps={})
+    try:
+        world.send(3, 0, ttl=5.0)
+        settle_down(world)
+        world.wait(6.0)
+        world.lock()
+        world.expire()
+        settle_down(world)
+        world.connect(8)
+        settle_down(world, moods=("takes", "takes"))
+        world.cut(read_on=False)
+        settle_down(world)
+        world.finish()
+    finally:
+        world.end()
+
+
 def settle_down(world: World, moods: tuple[Mood, ...] = ()) -> None:
     """Let everything move that can without time; the answers to the last of `moods` are left unread."""
     left = list(moods)
