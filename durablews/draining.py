@@ -216,9 +216,9 @@ class DrainedOutbox(Outbox):
             self._unmarked.remove(run)
 
     def claims(self, in_flight: entries.Claims) -> entries.Claims:
-        """Return what no policy may take: what is in flight, and what was on a connection whose loss is not written yet.
+        """Return what no policy may take: what is in flight, and what was when a connection was lost that is not marked yet.
 
-        An expiry that a full or locked disk held up runs before that is: it would report what was sent as never sent.
+        An expiry that a full or locked disk held up runs before the marks: it would report what was sent as never sent.
         """
         claims = dict(in_flight)
         for run in self._unmarked:

@@ -1,7 +1,7 @@
-"""What a simulated machine has instead of a clock, a disk's thread and a network: each does one thing when it is told.
+"""What a simulated machine has instead of a clock, a disk's thread and a network: each does one thing when told to.
 
-The library's own tasks run on `SimulatedLoop`, whose time stands still until somebody sets it. A job of the outbox waits
-in `DiskThread` until `work` runs it, on a real SQLite connection. A frame waits in `SimulatedSocket` until it is read.
+The library's own tasks run on `SimulatedLoop`, whose time stands still until somebody sets it. A job of the outbox
+waits in `DiskThread` until `work` runs it, on a real SQLite connection. A frame waits in `SimulatedSocket` for `read`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
         future = self.create_future()
         try:
             future.set_result(func(*args))

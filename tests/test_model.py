@@ -348,6 +348,25 @@ def test_what_a_nack_made_of_a_message_is_written_before_it_is_read_again(on_ret
         world.end()
 
 
+def test_after_a_crash_everything_that_was_sent_counts_as_sent() -> None:
+    """Also what was sent after an ack whose deletion the crash undid: the window counts what is unanswered, the disk
+    still holds what was answered (C3, P4)."""
+    world = World(random.Random(1), delivery=DeliveryConfig(window=1), caps={})
+    try:
+        world.send(3, 0)
+        settle_down(world)
+        world.connect(8)
+        settle_down(world, moods=("takes", "takes"))
+        world.read()  # the ack of the first: the second is sent, and nothing is deleted yet
+        assert world.connection is not None
+        assert len(world.connection.socket.to_server) == 1
+        world.crash()
+        states = [row[0] for row in world.foreign.execute("SELECT ack_state FROM durablews_entries ORDER BY seq")]
+        assert states[:2] == [1, 1]
+    finally:
+        world.end()
+
+
 def test_an_expiry_that_had_to_wait_knows_what_was_sent_meanwhile() -> None:
     """A lost connection whose messages cannot be marked yet takes none of them from its count: what was sent does not
     expire as never sent (P2, PROTOCOL.md C3)."""

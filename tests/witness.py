@@ -63,7 +63,7 @@ class Witness:
         return rows
 
     def _look_at_stream(self) -> None:
-        """Under a new stream what was unanswered may be applied twice (PROTOCOL.md section 5); it must have a reason."""
+        """Under a new stream what waits may be applied twice (PROTOCOL.md section 5); it must have a reason."""
         stream = self.device.execute("SELECT stream FROM durablews_meta").fetchone()[0]
         if self._stream not in (None, stream):
             if not self.restored:

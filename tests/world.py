@@ -216,7 +216,7 @@ class World(Device):
             self.cut(read_on=False)
 
     def speak(self, what: str, window: int) -> None:
-        """Let the server say something by itself: "flow", "ping", "bye", "close", or answers for what is not in flight."""
+        """Let the server say something: "flow", "ping", "bye", "close", or answers for what is not in flight."""
         connection = self.connection
         if connection is None or connection.closed or not connection.exchange.session.open:
             return
