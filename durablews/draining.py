@@ -216,7 +216,7 @@ class DrainedOutbox(Outbox):
             self._unmarked.remove(run)
 
     def claims(self, in_flight: entries.Claims) -> entries.Claims:
-        """Return what no policy may take: what is in flight, and what was when a connection was lost that is not marked yet.
+        """Return what no policy may take: what is in flight, and what was on a lost connection and is not marked yet.
 
         An expiry that a full or locked disk held up runs before the marks: it would report what was sent as never sent.
         """
