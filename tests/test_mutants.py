@@ -18,7 +18,9 @@ import promises  # noqa: E402
 
 LIST = mutants.read()
 #: So many in each run, others each time; all of them take some minutes.
-SAMPLE = 6
+SAMPLE = 4
+#: Found in a walk that comes late, and so only by `tools/mutants`.
+SLOW = {"what is in flight may be dropped or expire"}
 
 
 def test_every_mutant_still_applies() -> None:
@@ -53,10 +55,6 @@ def test_some_mutants_are_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("DURABLEWS_TEST_WALKS", "40")
     quick = [mutant for mutant in LIST if mutant.name not in SLOW]
     assert mutants.run(random.Random(seed).sample(quick, SAMPLE), at_a_time=2) == []
-
-
-#: Found in a walk that comes late.
-SLOW: set[str] = set()
 
 
 def test_every_promise_has_its_proofs() -> None:
