@@ -83,7 +83,7 @@ class Attempts:
         self._on_open = on_open
         self._instance = secrets.token_hex(8)
         self.delivery = Delivery(settings.delivery, instance=self._instance)
-        outbox.storage.claims = self.delivery.claims
+        outbox.storage.claims = lambda: outbox.claims(self.delivery.claims())
         outbox.storage.unread = self.delivery.unread
         self.heartbeat = Heartbeat(settings.heartbeat)
         self.link: Link | None = None

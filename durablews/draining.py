@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sqlite3
+from collections import Counter
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -86,6 +87,11 @@ class DrainedOutbox(Outbox):
         Raises:
             OutboxInUse: another client drains it, and did not go within 5 s.
         """
+        # By priority: entries whose fate is not written yet, and whether a read has left out their priority for that.
+        self._unwritten = Counter[int]()
+        self._withheld = False
+        # In flight on connections that were lost, which is not written yet.
+        self._unmarked: list[Run] = []
         self._ownership = Ownership(self.path)
         deadline = asyncio.get_running_loop().time() + _OWNERSHIP_WAIT
         while (holder := self._acquire()) is not None:
@@ -140,10 +146,17 @@ class DrainedOutbox(Outbox):
     # -- what to send
 
     def fetch(self, want: Want) -> asyncio.Future[Page]:
-        """Read what a `Delivery` wants, all of it on the medium already."""
-        return self.storage.read(lambda connection: self._fetch(connection, want))
+        """Read what a `Delivery` wants, all of it on the medium already.
 
-    def _fetch(self, connection: sqlite3.Connection, want: Want) -> Page:
+        A nack of an earlier connection may not be written yet, where the disk is full or locked. Its message must not
+        go under its old sequence any more, and what follows it must wait (PROTOCOL.md C8): a `Delivery` knows that of
+        the connection that it has.
+        """
+        closed = want.closed | {priority for priority, unwritten in self._unwritten.items() if unwritten}
+        self._withheld = self._withheld or closed != want.closed
+        return self.storage.read(lambda connection: self._fetch(connection, want, closed))
+
+    def _fetch(self, connection: sqlite3.Connection, want: Want, closed: frozenset[int]) -> Page:
         after = dict(want.after)
         for run in self.storage.committer.owed:  # acknowledged, and the disk could not say so yet
             after[run.priority] = max(after.get(run.priority, 0), run.last)
@@ -152,7 +165,7 @@ class DrainedOutbox(Outbox):
             found, unfit = entries.peek(
                 connection,
                 after=after,
-                closed=want.closed,
+                closed=closed,
                 limit=want.limit,
                 max_bytes=want.max_bytes,
                 above=want.above,
@@ -176,7 +189,16 @@ class DrainedOutbox(Outbox):
         Returns:
             Why it is a dead letter now, or None.
         """
-        return self.storage.change(lambda connection: self._record(connection, action))
+        written = self.storage.change(lambda connection: self._record(connection, action))
+        self._unwritten[action.priority] += 1
+        written.add_done_callback(lambda _: self._written(action.priority))
+        return written
+
+    def _written(self, priority: int) -> None:
+        self._unwritten[priority] -= 1
+        if self._withheld and not self._unwritten[priority]:
+            self._withheld = any(self._unwritten.values())
+            self.storage.on_stored()
 
     def _record(self, connection: sqlite3.Connection, action: Refuse | Requeue | SetAside) -> Refusal | None:
         wall = self.clock.wall()
@@ -199,9 +221,26 @@ class DrainedOutbox(Outbox):
         """Write what an answer or a loss showed about entries that stay."""
         wall = self.clock.wall()
         if isinstance(action, MarkUnanswered):
-            self.storage.change(lambda connection: settlement.mark_unanswered(connection, action.runs, wall))
+            marked = self.storage.change(lambda connection: settlement.mark_unanswered(connection, action.runs, wall))
+            self._unmarked += action.runs
+            marked.add_done_callback(lambda _: self._forget(action))
         else:
             self.storage.change(lambda connection: settlement.take_back(connection, action.run, wall))
+
+    def _forget(self, action: MarkUnanswered) -> None:
+        for run in action.runs:
+            self._unmarked.remove(run)
+
+    def claims(self, in_flight: entries.Claims) -> entries.Claims:
+        """Return what no policy may take: what is in flight, and what was on a lost connection and is not marked yet.
+
+        An expiry that a full or locked disk held up runs before the marks: it would report what was sent as never sent.
+        """
+        claims = dict(in_flight)
+        for run in self._unmarked:
+            first, last = claims.get(run.priority, (run.first, run.last))
+            claims[run.priority] = min(first, run.first), max(last, run.last)
+        return claims
 
     def settle(self, run: Run) -> None:
         """Delete what the server acknowledged."""

@@ -35,6 +35,8 @@ CHUNK, ROOM = 16 * 1024, 64 * 1024
 _CATCH_UP = 0.05
 # A reset throws away what its receiver has not read: after the last bytes before a cut it is given so many seconds.
 _LAST_READ = 0.005
+#: So many of the first bytes of a connection can be said again, on another one.
+REMEMBERED = 64 * 1024
 # So long an end that was told FIN may go on talking before its socket is closed under it (seconds).
 _FAREWELL = 1.0
 
@@ -78,7 +80,10 @@ CLEAN, SWALLOW = Manner(), Manner(swallow=True)
 
 
 class Pipe(asyncio.BufferedProtocol):
-    """Reads one end of a connection and hands on to the other. `received`, `carried`, `swallowed` count bytes."""
+    """Reads one end of a connection and hands on to the other. `received`, `carried`, `swallowed` count bytes.
+
+    `said` holds the first of those received.
+    """
 
     back: Pipe  # the other direction: what it reads from is what this one writes to
 
@@ -96,6 +101,7 @@ class Pipe(asyncio.BufferedProtocol):
         self.manner, self._left = manner, manner.cut_after
         self.end: asyncio.Transport | None = None
         self.received = self.carried = self.swallowed = 0
+        self.said = bytearray()
         #: Whether its end has ended by itself, and whether that was handed on.
         self.ended = self.finished = False
         self.closed = asyncio.Event()
@@ -139,6 +145,7 @@ class Pipe(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self.received += count
+        self.said += self._buffer[: min(count, REMEMBERED - len(self.said))]
         if self.manner.swallow:
             self.swallowed += count
             return
@@ -302,6 +309,20 @@ class ChaosProxy:
         for tunnel in self.tunnels:
             tunnel.cut(how, to)
 
+    async def repeat(self, tunnel: Tunnel, lasting: float) -> None:
+        """Say to the server, on a connection of its own, all that a client has said, and swallow what it answers.
+
+        So does a retrying proxy, or a packet that comes late. It stands for so many seconds, and is reset.
+        """
+        loop = asyncio.get_running_loop()
+        with suppress(OSError, TimeoutError), self._socket() as far:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            async with asyncio.timeout(lasting):
+                await loop.sock_connect(far, ("127.0.0.1", self._target()))
+                await loop.sock_sendall(far, bytes(tunnel.up.said))
+                while await loop.sock_recv(far, CHUNK):
+                    pass
+
     async def set_door(self, door: Door) -> None:
         """Do this with new connections from now on."""
         await self._stop_listening()
@@ -376,7 +397,8 @@ class ChaosProxy:
 class Fault:
     """What happens to one connection: `after` seconds of peace, at most `lasting` in a manner, then a cut.
 
-    And to those that follow, for `next_for` seconds: a door, and a manner.
+    With `repeat` another connection says to the server meanwhile what this one has said. And to those that follow, for
+    `next_for` seconds: a door, and a manner.
     """
 
     kind: str
@@ -384,6 +406,7 @@ class Fault:
     manner: Manner = CLEAN
     direction: Direction = Direction.BOTH
     lasting: float = 0.0
+    repeat: bool = False
     cut: Cut = "reset"
     to: Direction = Direction.BOTH
     door: Door = "open"
@@ -397,8 +420,11 @@ class Fault:
             await asyncio.wait_for(tunnel.over.wait(), self.after)
             return False
         tunnel.behave(self.manner, self.direction)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(tunnel.over.wait(), self.lasting)
+        if self.repeat:
+            await proxy.repeat(tunnel, self.lasting)
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(tunnel.over.wait(), self.lasting)
         if self.next_for:  # before the cut: a client may be back at once
             await proxy.set_door(self.door)
             proxy.behave(self.next_manner, self.next_direction)
@@ -414,7 +440,7 @@ class Fault:
 
 #: How many faults of each kind there are in every hundred.
 DECK = {
-    **{"reset": 25, "fin": 20, "mid-frame": 22, "half-open": 10},
+    **{"reset": 22, "duplicate": 3, "fin": 20, "mid-frame": 22, "half-open": 10},
     **{"refused": 2, "slammed": 2, "unanswered": 2, "mid-handshake": 3},
     **{"swallow": 3, "stall": 3, "delay": 3, "drip": 3, "crumbs": 2},
 }
@@ -443,6 +469,7 @@ def chaos(seed: int, *, peace: float = 0.02, patience: float = 10.0) -> Iterator
             rate, piece = chance.uniform(5e3, 5e4), chance.randint(50, 1500)
             more: dict[str, dict[str, Any]] = {
                 "reset": {},
+                "duplicate": {"repeat": True, "lasting": chance.uniform(0.05, 0.2)},
                 "fin": {"cut": "fin"},
                 # Nothing may come that way: it is cut all the same.
                 "mid-frame": {"manner": middle, "direction": one_way, "lasting": 0.06},

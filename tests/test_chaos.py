@@ -399,6 +399,18 @@ async def test_the_manner_of_a_proxy_is_that_of_connections_to_come() -> None:
         await made.pair()
 
 
+async def test_a_connection_that_is_repeated_comes_twice() -> None:
+    """The server hears on a second connection what the client has said; the client sees nothing of it."""
+    async with rig() as made:
+        client, server = await made.pair()
+        client.writer.write(b"hello")
+        await until(lambda: server.data == b"hello")
+        await made.proxy.repeat(made.proxy.newest, 0.1)
+        await until(lambda: len(made.peers) == 3 and made.peers[-1].end == "reset")
+        assert bytes(made.peers[-1].data).endswith(b"hello")
+        assert (client.data, client.end, server.end) == (b"", None, None)
+
+
 async def test_leaving_the_proxy_ends_whatever_there_is() -> None:
     """Connections that stand, stall, swallow, are half-open, unanswered or half-cut are gone when the block ends."""
     async with rig() as made:

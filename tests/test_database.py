@@ -139,7 +139,7 @@ def test_nobody_else_may_read_an_outbox(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not yours", None], ids=["empty", "text", "outbox"])
 def test_creating_replaces_nothing(tmp_path: Path, content: bytes | None) -> None:
-    """What is at the path already stays there, byte for byte, be it an outbox, a text or an empty file."""
+    """What is at the path already stays there, byte for byte, be it an outbox, a text or an empty file (P10)."""
     path = tmp_path / "agent.db"
     if content is None:
         new_outbox(tmp_path).close()
@@ -201,7 +201,7 @@ def pragmas(connection: sqlite3.Connection, *names: str) -> dict[str, object]:
 
 @pytest.mark.parametrize(("durability", "synchronous"), [("power", 2), ("process", 1)])
 def test_an_outbox_is_opened_with_every_setting_it_needs(tmp_path: Path, durability: str, synchronous: int) -> None:
-    """After opening, SQLite itself answers each setting with the value that the promises rest on."""
+    """After opening, SQLite itself answers each setting with the value that the promises rest on (P1)."""
     database.create(str(tmp_path / "agent.db"))
     connection = database.open_outbox(str(tmp_path / "agent.db"), durability=durability)
     assert pragmas(connection, *OURS) == OURS
@@ -305,7 +305,7 @@ def _foreign(path: Path) -> None:
     ],
 )
 def test_what_is_not_an_outbox_is_said_so(tmp_path: Path, make: object, says: str) -> None:
-    """Each thing that is no outbox is `NotAnOutbox` with what it is instead, and stays as it was."""
+    """Each thing that is no outbox is `NotAnOutbox` with what it is instead, and stays as it was (P10)."""
     path = tmp_path / "agent.db"
     assert callable(make)
     make(path)
@@ -319,7 +319,7 @@ def test_what_is_not_an_outbox_is_said_so(tmp_path: Path, make: object, says: st
 
 @pytest.mark.parametrize("damage", ["half", "stub", "page"])
 def test_a_damaged_outbox_is_said_so(tmp_path: Path, damage: str) -> None:
-    """A file that lost its end or has a page of noise is `StorageFailed` with the word damaged, and is not replaced."""
+    """A file that lost its end or has a page of noise is `StorageFailed` with the word damaged, and stays (P10)."""
     connection = new_outbox(tmp_path)
     enqueue(connection, FakeClock(), [draft(SECRET) for _ in range(2000)])
     connection.close()
@@ -504,7 +504,7 @@ def test_a_lock_that_is_held_too_long_is_said_so(tmp_path: Path) -> None:
 
 @posix
 def test_a_commit_that_the_disk_broke_says_that_nobody_knows(tmp_path: Path) -> None:
-    """When writing the commit itself fails, `StorageFailed.stored` is None: this process sees nothing stored."""
+    """When writing the commit itself fails, `StorageFailed.stored` is None: nobody knows (P1, P7)."""
     new_outbox(tmp_path).close()
 
     def life() -> str:

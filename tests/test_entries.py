@@ -618,7 +618,7 @@ def test_text_that_is_not_utf8_is_never_part_of_an_entry(outbox: sqlite3.Connect
 def test_a_flipped_bit_is_never_sent(
     outbox: sqlite3.Connection, clock: FakeClock, payload: str | bytes, flip: int
 ) -> None:
-    """A payload that the disk changed is named as damaged, also where it is no longer UTF-8."""
+    """A payload that the disk changed is named as damaged, also where it is no longer UTF-8 (P10)."""
     first, second, third = store(outbox, clock, draft(payload), draft(payload), draft(payload))
     stored = outbox.execute("SELECT CAST(payload AS BLOB) FROM durablews_entries WHERE seq = ?", (second,)).fetchone()[
         0
@@ -631,7 +631,7 @@ def test_a_flipped_bit_is_never_sent(
 
 
 def test_a_byte_flipped_in_the_file_is_never_sent(tmp_path: Path, clock: FakeClock) -> None:
-    """SQLite does not see a changed payload byte; the checksum does."""
+    """SQLite does not see a changed payload byte; the checksum does (P10)."""
     connection = new_outbox(tmp_path)
     seqs = store(connection, clock, *(draft(f"message number {number}") for number in range(3)))
     connection.close()

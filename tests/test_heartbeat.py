@@ -64,7 +64,7 @@ def test_odd_settings_keep_the_same_bound(
 def test_dead_no_later_than_the_settings_say_after_the_last_traffic(
     config: HeartbeatConfig, arrivals: list[float]
 ) -> None:
-    """Whenever something arrived last, `interval * max_missed + timeout` later it is dead, after so many pings."""
+    """Whenever something arrived last, `interval * max_missed + timeout` later it is dead, after so many pings (P8)."""
     heartbeat, now = begun(config, 0.0), 0.0
     for part in arrivals:
         until = now + part * (config.interval * config.max_missed + config.timeout)

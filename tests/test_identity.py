@@ -62,7 +62,7 @@ def test_the_same_place_keeps_its_stream(outbox: sqlite3.Connection, tmp_path: P
 
 
 def test_a_copied_file_takes_a_new_stream(outbox: sqlite3.Connection, tmp_path: Path, clock: FakeClock) -> None:
-    """A copy beside the original is another outbox from its first opening on, and the original keeps its stream."""
+    """A copy beside the original is another outbox from its first opening on, and the original keeps its own (P4)."""
     stream = drain(outbox, tmp_path)
     seqs = store(outbox, clock, sized(1), sized(2))
     outbox.close()
@@ -130,7 +130,7 @@ def test_the_id_of_this_machine_stays_and_is_not_the_id_itself() -> None:
 def test_each_opening_raises_the_sequence_by_one_to_two_to_the_32(
     outbox: sqlite3.Connection, tmp_path: Path, clock: FakeClock, drawn: int, raise_: int
 ) -> None:
-    """The raise is drawn uniformly from 1 to 2^32, and the next message lies above it."""
+    """The raise is drawn uniformly from 1 to 2^32, and the next message lies above it (P4)."""
     store(outbox, clock, sized(1))
     asked = []
 
@@ -229,7 +229,7 @@ def test_the_largest_window_only_grows(outbox: sqlite3.Connection, tmp_path: Pat
 def test_after_a_crash_the_old_window_counts_as_sent(
     outbox: sqlite3.Connection, tmp_path: Path, clock: FakeClock
 ) -> None:
-    """A drainer that did not leave may have sent the first of each priority, a window of them; one that left said."""
+    """A drainer that did not leave may have sent a window of each priority's first; one that left said so (P4)."""
     store(outbox, clock, *(sized(1) for _ in range(5)))
     drain(outbox, tmp_path, window=3)
     assert column(outbox, "SELECT ack_state FROM durablews_entries") == [0] * 5

@@ -50,7 +50,7 @@ def test_a_transaction_holds_the_write_lock_from_its_start(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit()])
 def test_an_error_takes_everything_back(tmp_path: Path, error: BaseException) -> None:
-    """Whatever leaves the block, the transaction is rolled back and the connection can go on."""
+    """Whatever leaves the block, the transaction is rolled back and the connection can go on (P7)."""
     connection = new_outbox(tmp_path)
 
     def fail() -> None:

@@ -99,7 +99,7 @@ def test_s1_what_is_acked_is_committed(tmp_path: Path) -> None:
 
 
 def test_s2_a_repeat_is_acked_and_applied_no_more() -> None:
-    """S2: a repeat changes nothing and is acked, also when the application would refuse it now."""
+    """S2: a repeat changes nothing and is acked, also when the application would refuse it now (P5)."""
     client = Client(database())
     client.hello()
     client.msgs(1, 2)
@@ -242,7 +242,7 @@ def test_an_application_that_commits_by_itself_is_told() -> None:
 
 
 def test_s6_the_newest_connection_wins() -> None:
-    """S6: after a second hello nothing of the older connection is applied; it is closed with the winner's instance."""
+    """S6, P5: after a second hello nothing of the older one is applied; it is closed with the winner's instance."""
     connection = database()
     older, newer = Client(connection), Client(connection)
     older.hello(instance="1" * 16)

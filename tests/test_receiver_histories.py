@@ -18,7 +18,7 @@ Decision = st.sampled_from(["fine", "fine", "fine", "fail", "refuse", "later", "
 @given(st.data())
 def test_random_histories_apply_once_and_in_order(data: st.DataObject) -> None:
     """Whatever fails, repeats, is refused or cut: the number never decreases, nothing is applied twice or out of order,
-    and nothing that was acked is missing."""
+    and nothing that was acked is missing (P5)."""
     connection = database()
     waiting = {0: list(range(1, 21)), 1: list(range(21, 41))}
     acked: set[int] = set()

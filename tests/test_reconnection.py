@@ -212,7 +212,7 @@ def test_max_retries_counts_tries_in_a_row(most: int) -> None:
 
 
 def test_without_max_retries_it_never_ends() -> None:
-    """Ten thousand failures later there is another try, within the longest delay."""
+    """Ten thousand failures later there is another try, within the longest delay (P8)."""
     one = link()
     assert max(pause(one, NOBODY).delay for _ in range(10_000)) <= 30
 

@@ -55,7 +55,7 @@ def test_migrations_are_numbered_from_one_without_a_gap() -> None:
 def test_an_old_outbox_becomes_what_a_fresh_one_is(
     memory: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Whatever schema a file has reached, the missing migrations make the same tables, indexes and triggers of it."""
+    """Whatever schema a file has reached, migrations make the same tables, indexes and triggers of it (P9)."""
     fresh = sqlite3.connect(":memory:", isolation_level=None)
     schema.apply_migrations(fresh, "fresh")
     known = schema.migrations()
@@ -115,7 +115,7 @@ def test_a_later_version_opens_an_older_outbox_and_keeps_all_of_it(
 
 
 def test_a_migration_that_fails_leaves_the_outbox_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All missing migrations run in one transaction: after an error the older version goes on with the file."""
+    """All missing migrations run in one transaction: after an error the older version goes on with the file (P9)."""
     new_outbox(tmp_path).close()
     later_version(monkeypatch, NEXT + "\nINSERT INTO no_such_table VALUES (1);")
     with pytest.raises(StorageFailed):

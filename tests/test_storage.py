@@ -310,7 +310,7 @@ async def test_closing_a_writer_with_a_long_log(tmp_path: Path, monkeypatch: pyt
 
 
 async def test_process_durability_syncs_before_it_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C8: under durability="process" commits are not synced, but one synced commit comes before anything is sent."""
+    """C8, P1: under durability="process" commits are not synced, but one synced commit comes before what is sent."""
     levels: list[int] = []
     real = database.set_synchronous
 
