@@ -198,7 +198,7 @@ class DrainedOutbox(Outbox):
         self._unwritten[priority] -= 1
         if self._withheld and not self._unwritten[priority]:
             self._withheld = any(self._unwritten.values())
-            self.storage.on_stored()
+            self.storage.on_stored(())
 
     def _record(self, connection: sqlite3.Connection, action: Refuse | Requeue | SetAside) -> Refusal | None:
         wall = self.clock.wall()

@@ -11,6 +11,7 @@ import random
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from durablews.draining import DrainedOutbox
 from durablews.errors import MessageTooLarge, OutboxFull, OutboxLocked
 from durablews.events import EventLog
 from durablews.jobs import transaction
+from durablews.messages import Entry
 from durablews.wire.frames import JSON, MSGPACK, Codec
 from durablews.wire.native import NativeDialect
 
@@ -182,9 +184,9 @@ class Device:
         self.disk = DiskThread(connection, self.loop)
         return self.disk
 
-    def _stored(self) -> None:
+    def _stored(self, entries: Sequence[Entry] = ()) -> None:
         if self.attempts.link is not None:
-            self.attempts.link.stored()
+            self.attempts.link.stored(entries)
 
     def _die(self) -> None:
         self.disk.die()

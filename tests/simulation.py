@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,9 +134,15 @@ class SimulatedSocket:
         self.to_server: deque[str | bytes] = deque()
         #: Frames, or how the server closes.
         self.to_client: deque[str | bytes | Close] = deque()
-        self.protocol = SimpleNamespace(close_rcvd=None, close_sent=None)
+        self.protocol = SimpleNamespace(
+            close_rcvd=None,
+            close_sent=None,
+            send_text=lambda frame: self._hand_over(frame.decode()),
+            send_binary=self._hand_over,
+            data_to_send=list,
+        )
         self.transport = SimpleNamespace(
-            abort=self.lose, get_write_buffer_size=lambda: 0, get_extra_info=lambda name: None
+            abort=self.lose, get_write_buffer_size=lambda: 0, get_extra_info=lambda name: None, write=bytes
         )
         self.lost = False
 
@@ -149,9 +156,16 @@ class SimulatedSocket:
         raise ConnectionClosedError(self.protocol.close_rcvd, self.protocol.close_sent)
 
     async def send(self, frame: bytes, text: bool) -> None:
+        async with self.send_context():
+            self._hand_over(frame.decode() if text else frame)
+
+    @asynccontextmanager
+    async def send_context(self) -> AsyncIterator[None]:
         if self.lost:
             raise ConnectionClosedError(None, None)
-        data = frame.decode() if text else frame
+        yield
+
+    def _hand_over(self, data: str | bytes) -> None:
         self._sent(data)
         self.to_server.append(data)
 
