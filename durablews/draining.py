@@ -8,6 +8,7 @@ import secrets
 import socket
 import sqlite3
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -141,6 +142,10 @@ class DrainedOutbox(Outbox):
                 max_bytes=want.max_bytes,
                 above=want.above,
             )
+            unfit += [(entry.seq, "damaged") for entry in found if entry.headers is not None and not _is_whole(entry)]
+            if unfit:
+                bad = {seq for seq, _ in unfit}
+                found = [entry for entry in found if entry.seq not in bad]
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
         return self.storage.synced_read(connection, peek)
@@ -284,6 +289,15 @@ class DrainedOutbox(Outbox):
             " confirmed_at = ?",
             (now, self.clock.boot_id, self.clock.boot(), self.clock.boot_id, wall, now),
         )
+
+
+def _is_whole(entry: Entry) -> bool:
+    """Whether the headers, for which there is no checksum, are still what a frame can take."""
+    try:
+        msgspec.json.decode(entry.headers or "{}", type=dict[str, str])
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _priority_of(connection: sqlite3.Connection, seq: int) -> int:

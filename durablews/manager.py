@@ -101,7 +101,7 @@ class ConnectionManager:
     @property
     def blocked(self) -> str | None:
         """What only the owner can mend, as a sentence."""
-        return self._blocked or self.housekeeping.defect
+        return self._blocked or self.housekeeping.misplaced or self.housekeeping.defect
 
     @property
     def stray_answers(self) -> int:
