@@ -1,7 +1,7 @@
 """Reads the tables of a damaged SQLite file page by page, without SQLite. Pure: pages in, records out.
 
-SQLite gives up at the first page of a tree that makes no sense, and what is below it cannot be reached. Here a page that
-makes no sense is passed over, and pages that nothing leads to any more are found by what they are. The format:
+SQLite gives up at the first page of a tree that makes no sense, and what is below it cannot be reached. Here a page
+that makes no sense is passed over, and pages that nothing leads to any more are found by what they are. The format:
 sqlite.org/fileformat2.html, section 1.6.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 __all__ = ["Cell", "Damaged", "Text", "Tree", "decode_record", "numbered", "page_kinds", "table_cells"]
@@ -148,9 +149,8 @@ def numbered(found: list[int]) -> list[int]:
     They must increase. Of what is kept there is room between any two for all that stands between them: the longest
     non-decreasing run of (rowid - position). What is not kept gets the numbers after its predecessor's.
     """
-    if all(one < other for one, other in zip(found, found[1:], strict=False)) and (
-        not found or (found[0] >= 1 and found[-1] <= _LAST_SEQUENCE)
-    ):
+    in_range = not found or (found[0] >= 1 and found[-1] <= _LAST_SEQUENCE)
+    if in_range and all(one < other for one, other in pairwise(found)):
         return found
     kept = _longest_run([rowid - position for position, rowid in enumerate(found)])
     numbers: list[int] = []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from durablews.errors import (
     NotAnOutbox,
+    OutboxDamaged,
     OutboxError,
     OutboxFull,
     OutboxLocked,
@@ -263,6 +264,12 @@ def storage_errors(path: str) -> Iterator[None]:
         ) from exc
     except sqlite3.Error as exc:
         raise _translated(path, exc) from exc
+    except UnicodeDecodeError as exc:  # text that is no UTF-8, where SQLite or the library had put it
+        raise _damaged(path) from exc
+
+
+def _damaged(path: str) -> OutboxDamaged:
+    return OutboxDamaged(path, f"the file is damaged; nothing was stored; {SALVAGE_HINT}")
 
 
 def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
@@ -280,5 +287,5 @@ def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
     if name.startswith("SQLITE_CANTOPEN"):
         return StorageFailed(path, "cannot be opened: check that its folder can be read and written")
     if name.startswith("SQLITE_CORRUPT"):
-        return StorageFailed(path, f"the file is damaged; nothing was stored; {SALVAGE_HINT}")
+        return _damaged(path)
     return StorageFailed(path, f"the storage failed ({name}); nothing was stored")

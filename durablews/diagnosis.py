@@ -14,7 +14,7 @@ import msgspec
 from durablews.analysis.surroundings import Surroundings, ThisMachine
 from durablews.carryover import Progress
 from durablews.database import SALVAGE_HINT, require_file, wal_bytes, wal_stamp
-from durablews.errors import NotAnOutbox, OutboxError, OutboxTooNew, StorageFailed
+from durablews.errors import NotAnOutbox, OutboxDamaged, OutboxError, OutboxTooNew
 from durablews.inspection import look
 from durablews.messages import checksum
 from durablews.ownership import holder_of
@@ -109,7 +109,7 @@ def diagnose(
         found += _of_payloads(path, progress)
     except OutboxTooNew:
         raise
-    except (NotAnOutbox, StorageFailed) as exc:
+    except (NotAnOutbox, OutboxDamaged) as exc:
         if not _was_outbox(path):
             raise
         found.append(Finding(name="damaged", level="damage", what=exc.what.split("; ")[0], remedy=SALVAGE_HINT))

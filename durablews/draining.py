@@ -12,10 +12,10 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from durablews import entries, identity, settlement, upkeep
+from durablews import database, entries, identity, settlement, upkeep
 from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
 from durablews.delivery.backlog import READ_AHEAD_MESSAGES
-from durablews.errors import OutboxInUse, StorageFailed
+from durablews.errors import OutboxDamaged, OutboxInUse, StorageFailed
 from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
@@ -69,6 +69,8 @@ class DrainedOutbox(Outbox):
     _poll_interval = 5.0
 
     window = 1024
+    #: That what waits cannot be read, as a sentence; only its owner can mend that.
+    damage: str | None = None
 
     async def _open(self) -> None:
         """Take the right to drain and open the file.
@@ -148,7 +150,12 @@ class DrainedOutbox(Outbox):
                 found = [entry for entry in found if entry.seq not in bad]
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
-        return self.storage.synced_read(connection, peek)
+        try:
+            with database.storage_errors(self.path):
+                return self.storage.synced_read(connection, peek)
+        except OutboxDamaged as exc:
+            self.damage = exc.what
+            raise
 
     async def introduce(self) -> tuple[str, int]:
         """Return the stream and the `last` of a hello that is sent now."""

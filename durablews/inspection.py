@@ -21,7 +21,7 @@ import msgspec
 from durablews.clock import Clock, SystemClock
 from durablews.database import BUSY_TIMEOUT, SALVAGE_HINT, require_file, uri, wal_bytes
 from durablews.entries import read_caps
-from durablews.errors import NotAnOutbox, OutboxError, OutboxLocked, StorageFailed
+from durablews.errors import NotAnOutbox, OutboxDamaged, OutboxError, OutboxLocked, StorageFailed
 from durablews.messages import Refusal
 from durablews.ownership import holder_of
 from durablews.schema import require_outbox, schema_of
@@ -220,6 +220,8 @@ def _is_ours_alone(real: str) -> bool:
 def _reading_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as exc:  # in what SQLite says about a damaged schema
+        raise OutboxDamaged(path, f"the file is damaged; {SALVAGE_HINT}") from exc
     except sqlite3.Error as exc:
         name: str = getattr(exc, "sqlite_errorname", None) or type(exc).__name__
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
@@ -228,7 +230,7 @@ def _reading_errors(path: str) -> Iterator[None]:
             what = f"not a SQLite database, so not an outbox; if it was one, {SALVAGE_HINT}"
             raise NotAnOutbox(path, what) from exc
         if name.startswith("SQLITE_CORRUPT"):
-            raise StorageFailed(path, f"the file is damaged; {SALVAGE_HINT}") from exc
+            raise OutboxDamaged(path, f"the file is damaged; {SALVAGE_HINT}") from exc
         if not os.access(path, os.R_OK):
             raise StorageFailed(path, "you are not allowed to read it") from exc
         if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):

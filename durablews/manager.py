@@ -101,7 +101,8 @@ class ConnectionManager:
     @property
     def blocked(self) -> str | None:
         """What only the owner can mend, as a sentence."""
-        return self._blocked or self.housekeeping.misplaced or self.housekeeping.defect
+        housekeeping = self.housekeeping
+        return self._blocked or self._outbox.damage or housekeeping.misplaced or housekeeping.defect
 
     @property
     def stray_answers(self) -> int:

@@ -2,8 +2,8 @@
 
 SQLite ends at the first frame whose checksum is wrong and ignores all that was committed after it, without an error.
 But each frame's checksum continues the one that stands in the frame before it, so that every frame can be checked
-against its predecessor: what follows a damaged frame is as good as it ever was. The format: sqlite.org/fileformat2.html,
-section 4.
+against its predecessor: what follows a damaged frame is as good as it ever was. The format:
+sqlite.org/fileformat2.html, section 4.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ HOUSE: dict[str, Room] = {
     "writeahead": Room(1),
     "btree": Room(1),
     "remains": Room(2, "msgspec statistics"),
+    "carryover": Room(5, "system msgspec sqlite3 time"),
     "salvage": Room(6, "system fcntl msgspec sqlite3 time"),
     "diagnosis": Room(7, "system msgspec sqlite3"),
     "outbox": Room(6, "system aiosqlite asyncio msgspec sqlite3"),

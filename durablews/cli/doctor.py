@@ -7,11 +7,12 @@ import sys
 
 import msgspec
 
+from durablews.carryover import Salvage
 from durablews.cli.formats import Palette, count
 from durablews.diagnosis import Diagnosis, diagnose
 from durablews.errors import OutboxInUse, OutboxMissing
 from durablews.ownership import holder_of
-from durablews.salvage import Salvage, is_interrupted, salvage
+from durablews.salvage import is_interrupted, salvage
 from durablews.visible import printable
 
 __all__ = ["add_parser", "run"]
@@ -29,8 +30,8 @@ examples:
   durablews doctor agent.db --json | jq '.findings[] | select(.level != "note")'
   durablews doctor agent.db --salvage
 
-exit codes: 0 healthy, or everything came over; 1 findings, or something is lost; 2 wrong usage; 3 the outbox is missing,
-something else, locked or in use
+exit codes: 0 healthy, or everything came over; 1 findings, or something is lost; 2 wrong usage; 3 the outbox is
+missing, something else, locked or in use
 """
 
 
@@ -109,9 +110,7 @@ def _print(diagnosis: Diagnosis, *, salvage: bool) -> None:
 
 def _print_salvage(found: Salvage) -> None:
     paint = Palette(sys.stdout)
-    print(
-        f"{count(found.carried)} entries came over into {printable(found.outbox)}, in their order, under a new stream"
-    )
+    print(f"{count(found.carried)} entries came over into {printable(found.outbox)}, in order, under a new stream")
     if found.damaged_count:
         names = _names(found.damaged_entries, found.damaged_count)
         print(paint(f"{count(found.damaged_count)} of them are damaged: dead letters, never sent: {names}", "yellow"))
