@@ -240,7 +240,8 @@ def _of_log(path: str, looks: _Looks | None) -> list[Finding]:
         return []
     if wal_stamp(final) != stamp or not log.hidden:
         return []
-    what = f"its log is damaged at frame {log.broken[0]} of {log.frames}: SQLite does not see the {log.hidden} commits"
+    where = f"at frame {log.broken[0]} of {log.frames}" if log.broken else "in its header"
+    what = f"its log is damaged {where}: SQLite does not see the {log.hidden} commits"
     return [Finding(name="log", level="damage", what=f"{what} from there on", remedy=SALVAGE_HINT)]
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from durablews.btree import Cell, Damaged, Text, Tree, numbered, page_kinds, table_cells
 from durablews.messages import Refusal
+from durablews.schema import APPLICATION_ID
 from durablews.writeahead import Log, read_log
 
 __all__ = ["Layout", "Remains", "Row", "Source"]
@@ -104,6 +105,8 @@ class Remains:
     @property
     def is_outbox(self) -> bool:
         """Whether anything says that this was an outbox in a file of its own."""
+        if self._file.length >= 72 and int.from_bytes(self._file.read(68, 4), "big") == APPLICATION_ID:
+            return True
         others = [name for name in self.roots if not name.startswith(("durablews_", "sqlite_"))]
         if self.roots:
             return "durablews_meta" in self.roots and not others

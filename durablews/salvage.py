@@ -67,8 +67,9 @@ def salvage(path: str, *, progress: Progress = lambda what, done, whole: None) -
             file = _locked(stack, path, source) if source is not None else open_source(stack, path, final)
             log = open_source(stack, path, _log_of(final if source is None else source))
             made = final.with_name(f".{final.name}.salvaging")
-            _remove(made)
             stack.callback(_remove, made)
+            for left in [made, *final.parent.glob(f".{_escaped(made.name)}.*")]:  # by a salvage that was killed
+                _remove(left)
             database.create(str(made))
             owner = (source or _log_of(final)).stat()
             _belong_to(made, owner)

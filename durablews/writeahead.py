@@ -66,13 +66,14 @@ def read_log(read: Callable[[int, int], bytes], length: int, page_size: int) -> 
     size: int | None = None
     broken: list[int] = []
     hidden = last = 0
+    headless = length >= _HEADER.size and not _header(read)[0]
     pending: list[_Frame] = []
     for frame in _frames(read, length, page_size):
         pending.append(frame)
         if not frame.size:
             continue
         broken += [one.number for one in pending if not one.good]
-        hidden += bool(broken)
+        hidden += bool(broken) or headless
         for one in pending:
             if not one.page:
                 continue
@@ -86,11 +87,8 @@ def _frames(read: Callable[[int, int], bytes], length: int, page_size: int) -> I
     """Yield the frames of this log's generation; those that it has overwritten only in part are of another."""
     if length < _HEADER.size + _FRAME.size:
         return
-    header = read(0, _HEADER.size)
-    magic, version, declared, _, *kept = _HEADER.unpack(header)
-    big = magic == _MAGIC + 1
-    sums = _checksum(header[:24], (0, 0), big)
-    intact = magic in (_MAGIC, _MAGIC + 1) and version == _VERSION and sums == (kept[2], kept[3])
+    intact, big, declared, kept = _header(read)
+    sums = (kept[2], kept[3])
     if intact:
         page_size = declared
     step = _FRAME.size + page_size
@@ -114,6 +112,15 @@ def _frames(read: Callable[[int, int], bytes], length: int, page_size: int) -> I
             yield _Frame(n + 1, 0, size, start + _FRAME.size, False)
         else:
             yield _Frame(n + 1, page, size, start + _FRAME.size, good)
+
+
+def _header(read: Callable[[int, int], bytes]) -> tuple[bool, bool, int, list[int]]:
+    """Return whether the header is whole, whether checksums are big-endian, the page size, salts and checksums."""
+    header = read(0, _HEADER.size)
+    magic, version, page_size, _, *kept = _HEADER.unpack(header)
+    big = magic == _MAGIC + 1
+    known = magic in (_MAGIC, _MAGIC + 1) and version == _VERSION
+    return known and _checksum(header[:24], (0, 0), big) == (kept[2], kept[3]), big, page_size, kept
 
 
 def _salts(heads: list[tuple[int, ...]]) -> tuple[int, int]:
