@@ -13,12 +13,25 @@ from typing import Any, NamedTuple
 
 from support import FakeClock, new_outbox, run_of, store
 
-from durablews import settlement
+from durablews import btree, settlement
 from durablews.carryover import Salvage
 from durablews.jobs import transaction
 from durablews.messages import Refusal, draft
+from durablews.remains import Remains, Source
+from durablews.salvage import reference_layout
 
-__all__ = ["PAGE", "Kept", "Wreck", "flip", "judge", "make_wreck", "noise_on_pages", "rows"]
+__all__ = [
+    "PAGE",
+    "Kept",
+    "Wreck",
+    "flip",
+    "judge",
+    "make_wreck",
+    "noise_on_a_leaf",
+    "noise_on_pages",
+    "remains_of",
+    "rows",
+]
 
 PAGE = 4096
 _ROWS = "SELECT seq, priority, CAST(payload AS BLOB), typeof(payload), ack_state FROM durablews_entries ORDER BY seq"
@@ -134,6 +147,18 @@ def noise_on_pages(file: Path, chance: random.Random, *numbers: int) -> None:
         for number in numbers:
             opened.seek((number - 1) * PAGE)
             opened.write(chance.randbytes(PAGE))
+
+
+def remains_of(path: Path) -> Remains:
+    content = path.read_bytes()
+    file = Source(lambda offset, size: content[offset : offset + size], len(content))
+    return Remains(file, Source(lambda offset, size: b"", 0), reference_layout())
+
+
+def noise_on_a_leaf(path: Path, chance: random.Random) -> None:
+    tree = btree.Tree(remains_of(path).page, remains_of(path).roots["durablews_entries"])
+    assert list(tree.walk()) == []
+    noise_on_pages(path, chance, tree.leaves[len(tree.leaves) // 2])
 
 
 # -- the verdict
