@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -112,7 +113,8 @@ def test_a_file_of_an_older_schema_can_be_inspected(tmp_path: Path, monkeypatch:
 class Odd:
     """A machine with everything that can be odd."""
 
-    environment: dict[str, str] = {}  # noqa: RUF012
+    def __init__(self) -> None:
+        self.environment: Mapping[str, str] = {}
 
     def now(self) -> float:
         return 1000.0

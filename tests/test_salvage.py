@@ -22,7 +22,7 @@ from support import integrity, totals
 from wreckage import PAGE, Wreck, judge, make_wreck, noise_on_a_leaf, noise_on_pages, remains_of, rows
 
 import durablews
-from durablews import btree, cli, database, remains
+from durablews import btree, cli, database, remains, writeahead
 from durablews.errors import (
     OutboxError,
     OutboxMissing,
@@ -206,7 +206,7 @@ def _believes_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _ends_at_the_first_bad_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = remains.read_log
+    whole = writeahead.read_log
 
     def as_sqlite(read: Any, length: int, size: int) -> Any:
         log = whole(read, length, size)
