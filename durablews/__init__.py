@@ -37,6 +37,9 @@ if TYPE_CHECKING:
         OutboxClosed as OutboxClosed,
     )
     from durablews.errors import (
+        OutboxDamaged as OutboxDamaged,
+    )
+    from durablews.errors import (
         OutboxError as OutboxError,
     )
     from durablews.errors import (
@@ -91,6 +94,7 @@ _HOMES: dict[str, str] = {
     "MessageTooLarge": "errors",
     "NotAnOutbox": "errors",
     "OutboxClosed": "errors",
+    "OutboxDamaged": "errors",
     "OutboxError": "errors",
     "OutboxFull": "errors",
     "OutboxInUse": "errors",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from durablews.errors import (
     NotAnOutbox,
+    OutboxDamaged,
     OutboxError,
     OutboxFull,
     OutboxLocked,
@@ -30,11 +31,14 @@ from durablews.walindex import opening
 
 __all__ = [
     "BUSY_TIMEOUT",
+    "SALVAGE_HINT",
     "create",
+    "file_id",
     "is_ours",
     "open_outbox",
     "prepare",
     "require_file",
+    "require_same_file",
     "room_to_open",
     "set_synchronous",
     "storage_errors",
@@ -51,6 +55,8 @@ BUSY_TIMEOUT = 5.0
 _CHECKPOINT_PAGES = 1000
 # Bytes that SQLite's shared memory and a first page of the log take, with a margin.
 _ROOM_TO_OPEN = 128 * 1024
+#: What to do about a damaged file.
+SALVAGE_HINT = "`durablews doctor --salvage` carries over what can be read"
 _JOURNAL_SIZE_LIMIT = 4 * 1024 * 1024
 # STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
 _OLDEST_SQLITE = (3, 37, 0)
@@ -84,6 +90,33 @@ def require_file(path: str) -> None:
         raise NotAnOutbox(path, "an empty file, not an outbox; if nothing was lost in it, remove it to start a new one")
 
 
+def file_id(path: str) -> tuple[int, int] | None:
+    """Return what tells the file of this name from any other, as long as someone has it open; None: there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def require_same_file(path: str, opened: tuple[int, int] | None) -> None:
+    """Check that an outbox still has the name under which it was opened.
+
+    SQLite goes on with a file that was removed, or replaced by another, as if nothing were: what is stored then is
+    gone with the last process that has it open.
+
+    Args:
+        opened: `file_id` when it was opened.
+
+    Raises:
+        StorageFailed: it was removed, moved away or replaced.
+    """
+    present = file_id(path)
+    if present != opened:
+        what = "removed or moved away" if present is None else "replaced by another file"
+        raise StorageFailed(path, f"the file was {what} while it was open; nothing was stored, open it again")
+
+
 def wal_bytes(path: str) -> int:
     """Return the size of the write-ahead log beside a database; 0 when there is none."""
     try:
@@ -101,17 +134,25 @@ def wal_stamp(path: str) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def create(path: str) -> None:
+def create(path: str, *, with_reserve: bool = True) -> None:
     """Create an outbox at `path` unless something is there already.
 
     It is made whole under another name and then linked, so that nobody ever opens half an outbox, and the folder is
     synced, so that a power cut does not take the file with it.
+
+    Args:
+        with_reserve: whether to set room aside for its acknowledgements as well (`durablews.reserve`).
     """
     if os.path.lexists(path) and (os.path.exists(path) or not os.path.islink(path)):
         return
     final = Path(os.path.realpath(path))
     if not os.path.isdir(final.parent):
         raise OutboxMissing(path, f"the folder {final.parent} does not exist")
+    if os.path.lexists(f"{final}-wal"):
+        # Messages are in it. And SQLite would read it into a new file, and so damage that.
+        raise StorageFailed(
+            path, f"the file is gone but its log {final.name}-wal is here: put the file back, or {SALVAGE_HINT}"
+        )
     made = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         os.close(os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -132,7 +173,8 @@ def create(path: str) -> None:
             finally:
                 connection.close()
         _publish(made, final)
-        fill(path)
+        if with_reserve:
+            fill(path)
     except OSError as exc:
         raise StorageFailed(path, f"cannot be created: {exc.strerror}") from exc
     finally:
@@ -275,6 +317,12 @@ def storage_errors(path: str) -> Iterator[None]:
         ) from exc
     except sqlite3.Error as exc:
         raise _translated(path, exc) from exc
+    except UnicodeDecodeError as exc:  # text that is no UTF-8, where SQLite or the library had put it
+        raise _damaged(path) from exc
+
+
+def _damaged(path: str) -> OutboxDamaged:
+    return OutboxDamaged(path, f"the file is damaged; nothing was stored; {SALVAGE_HINT}")
 
 
 def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
@@ -286,11 +334,11 @@ def _translated(path: str, exc: sqlite3.Error) -> OutboxError:
             path, f"another program held its write lock for more than {BUSY_TIMEOUT:g} s; nothing was stored"
         )
     if name == "SQLITE_NOTADB":
-        return NotAnOutbox(path, "not a SQLite database, so not an outbox")
+        return NotAnOutbox(path, f"not a SQLite database, so not an outbox; if it was one, {SALVAGE_HINT}")
     if name.startswith("SQLITE_READONLY"):
         return StorageFailed(path, "the file or its folder cannot be written; nothing was stored")
     if name.startswith("SQLITE_CANTOPEN"):
         return StorageFailed(path, "cannot be opened: check that its folder can be read and written")
     if name.startswith("SQLITE_CORRUPT"):
-        return StorageFailed(path, "the file is damaged; nothing was stored")
+        return _damaged(path)
     return StorageFailed(path, f"the storage failed ({name}); nothing was stored")

@@ -9,13 +9,14 @@ import socket
 import sqlite3
 from collections import Counter
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from durablews import entries, identity, settlement, upkeep
+from durablews import database, entries, identity, settlement, upkeep
 from durablews.delivery.actions import MarkUnanswered, Refuse, Requeue, SetAside, TakeBack, Want
 from durablews.delivery.backlog import READ_AHEAD_MESSAGES
-from durablews.errors import OutboxInUse, StorageFailed
+from durablews.errors import OutboxDamaged, OutboxInUse, StorageFailed
 from durablews.messages import Entry, Refusal, Run
 from durablews.outbox import Counts, Outbox, read_counts
 from durablews.ownership import Ownership
@@ -80,6 +81,8 @@ class DrainedOutbox(Outbox):
     _poll_interval = 5.0
 
     window = 1024
+    #: That what waits cannot be read, as a sentence; only its owner can mend that.
+    damage: str | None = None
 
     async def _open(self) -> None:
         """Take the right to drain and open the file.
@@ -170,9 +173,18 @@ class DrainedOutbox(Outbox):
                 max_bytes=want.max_bytes,
                 above=want.above,
             )
+            unfit += [(entry.seq, "damaged") for entry in found if entry.headers is not None and not _is_whole(entry)]
+            if unfit:
+                bad = {seq for seq, _ in unfit}
+                found = [entry for entry in found if entry.seq not in bad]
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
-        return self.storage.committer.synced_read(connection, peek)
+        try:
+            with database.storage_errors(self.path):
+                return self.storage.committer.synced_read(connection, peek)
+        except OutboxDamaged as exc:
+            self.damage = exc.what
+            raise
 
     async def introduce(self) -> tuple[str, int]:
         """Return the stream and the `last` of a hello that is sent now."""
@@ -352,6 +364,15 @@ class DrainedOutbox(Outbox):
             " confirmed_at = ?",
             (now, self.clock.boot_id, self.clock.boot(), self.clock.boot_id, wall, now),
         )
+
+
+def _is_whole(entry: Entry) -> bool:
+    """Whether the headers, for which there is no checksum, are still what a frame can take."""
+    try:
+        msgspec.json.decode(entry.headers or "{}", type=dict[str, str])
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _priority_of(connection: sqlite3.Connection, seq: int) -> int:

@@ -13,6 +13,7 @@ DurablewsError
 │   ├── OutboxFull           its caps, or the disk, have no room; the message was not stored
 │   │   └── MessageTooLarge  the message alone is over the byte cap: it will never fit
 │   └── StorageFailed        the disk failed (`stored`: False, or None when that cannot be known)
+│       └── OutboxDamaged    the file makes no sense to SQLite: `durablews doctor --salvage`
 ├── ProtocolError            the other side sent what its protocol does not allow (`close_code`)
 └── Undelivered              a receipt's message left the outbox without an ack (`seq`)
     ├── Rejected             the server refused it for good: it is a dead letter (`code`, `reason`)
@@ -30,6 +31,7 @@ __all__ = [
     "MessageTooLarge",
     "NotAnOutbox",
     "OutboxClosed",
+    "OutboxDamaged",
     "OutboxError",
     "OutboxFull",
     "OutboxInUse",
@@ -132,6 +134,10 @@ class StorageFailed(OutboxError):
 
     def __reduce__(self) -> tuple[type[StorageFailed], tuple[str, str, bool | None]]:
         return type(self), (self.path, self.what, self.stored)
+
+
+class OutboxDamaged(StorageFailed):
+    """The file makes no sense to SQLite. ``durablews doctor --salvage`` carries over what can be read."""
 
 
 class ProtocolError(DurablewsError):

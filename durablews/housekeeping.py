@@ -70,6 +70,8 @@ class Housekeeping:
         #: Why the log takes more and more of the disk, as a sentence; None while it does not.
         self.log_held: str | None = None
         self._held_bytes = 0
+        #: That the file was removed or replaced, as a sentence: nothing can be stored until it is opened again.
+        self.misplaced: str | None = None
 
     def start(self) -> None:
         """Start every watcher."""
@@ -138,6 +140,7 @@ class Housekeeping:
     async def _keep_up(self) -> None:
         """Expire what is too old, report what left, and look for foreign messages that the watch cannot see."""
         while True:
+            self._look_at_file()
             try:
                 await self._outbox.restore_reserve()
                 if self._counts is None:  # before the first look takes anything, so that this is reported too
@@ -153,6 +156,16 @@ class Housekeeping:
                 else:
                     self._on_moved()
             await asyncio.sleep(_UPKEEP_INTERVAL)
+
+    def _look_at_file(self) -> None:
+        before = self.misplaced
+        try:
+            self._outbox.storage.check_file()
+            self.misplaced = None
+        except OutboxError as exc:
+            self.misplaced = exc.what
+        if self.misplaced != before:
+            _log.log(logging.ERROR if self.misplaced else logging.INFO, "%s", self.misplaced or "the file is back")
 
     async def _keep_small(self) -> None:
         """Let the file shrink again after a backlog has gone, and the log after a reader has."""

@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from durablews.clock import Clock, SystemClock
-from durablews.database import BUSY_TIMEOUT, require_file, room_to_open, uri, wal_bytes
+from durablews.database import BUSY_TIMEOUT, SALVAGE_HINT, require_file, room_to_open, uri, wal_bytes
 from durablews.entries import read_caps
-from durablews.errors import NotAnOutbox, OutboxError, OutboxLocked, StorageFailed
+from durablews.errors import NotAnOutbox, OutboxDamaged, OutboxError, OutboxLocked, StorageFailed
 from durablews.messages import Refusal
 from durablews.ownership import holder_of
 from durablews.schema import require_outbox, schema_of
 from durablews.snapshot import Departures, EntrySummary, Limits, Link, Snapshot
 
-__all__ = ["inspect", "stream_entries", "summarize"]
+__all__ = ["inspect", "look", "stream_entries", "summarize"]
 
 T = TypeVar("T")
 
@@ -94,16 +94,16 @@ def inspect(
     which = _Which(limit=limit, topic=topic, priority=priority, dead=dead, payload=payload, seq=seq)
     clock = clock or SystemClock()
 
-    def look(connection: sqlite3.Connection) -> Snapshot:
+    def job(connection: sqlite3.Connection) -> Snapshot:
         snapshot = _summary(connection, path, clock)
         return msgspec.structs.replace(snapshot, entries=list(_walk(connection, which, clock)))
 
-    return _look(path, look)
+    return look(path, job)
 
 
 def summarize(path: str, *, clock: Clock | None = None) -> Snapshot:
     """Return the snapshot of an outbox without its entries. Raises as `inspect` does."""
-    return _look(path, lambda connection: _summary(connection, path, clock or SystemClock()))
+    return look(path, lambda connection: _summary(connection, path, clock or SystemClock()))
 
 
 def stream_entries(
@@ -125,7 +125,7 @@ def stream_entries(
     left = limit or sys.maxsize
     while left:
         which = _Which(limit=min(left, _PAGE), topic=topic, priority=priority, dead=dead, payload=payload, seq=None)
-        page, ended = _look(path, partial(_page, which=which, clock=clock, place=place))
+        page, ended = look(path, partial(_page, which=which, clock=clock, place=place))
         yield from page
         if ended:
             return
@@ -148,8 +148,8 @@ def _page(
     return page, len(page) < which.limit
 
 
-def _look(path: str, job: Callable[[sqlite3.Connection], T]) -> T:
-    """Run `job` in one read transaction on a connection that cannot write, and close it."""
+def look(path: str, job: Callable[[sqlite3.Connection], T]) -> T:
+    """Run `job` in one read transaction on a connection that cannot write, and close it. Raises as `inspect`."""
     with _reading_errors(path):
         require_file(path)
         at_rest = _at_rest(path)
@@ -220,14 +220,17 @@ def _is_ours_alone(real: str) -> bool:
 def _reading_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as exc:  # in what SQLite says about a damaged schema
+        raise OutboxDamaged(path, f"the file is damaged; {SALVAGE_HINT}") from exc
     except sqlite3.Error as exc:
         name: str = getattr(exc, "sqlite_errorname", None) or type(exc).__name__
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise OutboxLocked(path, f"another program has kept it locked for more than {BUSY_TIMEOUT:g} s") from exc
         if name == "SQLITE_NOTADB":
-            raise NotAnOutbox(path, "not a SQLite database, so not an outbox") from exc
+            what = f"not a SQLite database, so not an outbox; if it was one, {SALVAGE_HINT}"
+            raise NotAnOutbox(path, what) from exc
         if name.startswith("SQLITE_CORRUPT"):
-            raise StorageFailed(path, "the file is damaged") from exc
+            raise OutboxDamaged(path, f"the file is damaged; {SALVAGE_HINT}") from exc
         if not os.access(path, os.R_OK):
             raise StorageFailed(path, "you are not allowed to read it") from exc
         if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
@@ -237,10 +240,8 @@ def _reading_errors(path: str) -> Iterator[None]:
 
 
 def _summary(connection: sqlite3.Connection, path: str, clock: Clock) -> Snapshot:
-    totals = connection.execute(
-        "SELECT messages, bytes, dead_messages, enqueued, redelivered FROM durablews_totals"
-    ).fetchone()
-    departed = connection.execute(f"SELECT {', '.join(Departures.__struct_fields__)} FROM durablews_totals").fetchone()
+    cursor = connection.execute("SELECT * FROM durablews_totals")  # a file that nobody has migrated yet has fewer
+    counts = dict(zip([name for name, *_ in cursor.description], cursor.fetchone(), strict=True))
     state, since, reason, next_attempt, blocked = connection.execute(
         "SELECT state, since, reason, next_attempt, blocked FROM durablews_link"
     ).fetchone()
@@ -252,8 +253,8 @@ def _summary(connection: sqlite3.Connection, path: str, clock: Clock) -> Snapsho
         schema=schema_of(connection),
         stream=connection.execute("SELECT stream FROM durablews_meta").fetchone()[0],
         owner=owner,
-        pending=totals[0],
-        pending_bytes=totals[1],
+        pending=counts["messages"],
+        pending_bytes=counts["bytes"],
         caps=Limits(
             max_messages=caps.max_messages,
             max_bytes=caps.max_bytes,
@@ -261,10 +262,10 @@ def _summary(connection: sqlite3.Connection, path: str, clock: Clock) -> Snapsho
             overflow=caps.overflow,
         ),
         oldest_age=_oldest_age(connection, _now(connection, clock)),
-        dead=totals[2],
-        departed=Departures(**dict(zip(Departures.__struct_fields__, departed, strict=True))),
-        enqueued=totals[3],
-        redelivered=totals[4],
+        dead=counts["dead_messages"],
+        departed=Departures(**{name: counts.get(name, 0) for name in Departures.__struct_fields__}),
+        enqueued=counts["enqueued"],
+        redelivered=counts["redelivered"],
         file_bytes=os.stat(path).st_size + wal_bytes(path),
         # A drainer that was killed could not write that its link is gone.
         link=Link(

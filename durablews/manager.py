@@ -102,7 +102,8 @@ class ConnectionManager:
     @property
     def blocked(self) -> str | None:
         """What only the owner can mend, as a sentence."""
-        return self._blocked or self.housekeeping.defect or self.housekeeping.log_held
+        found = self.housekeeping
+        return self._blocked or self._outbox.damage or found.misplaced or found.defect or found.log_held
 
     @property
     def stray_answers(self) -> int:

@@ -59,6 +59,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     dropped_unanswered: int
     dropped_new: int
     dead_dropped: int
+    lost: int
     redelivered: int
 
 
@@ -293,7 +294,7 @@ def read_counts(connection: sqlite3.Connection) -> Counts:
     """Return the totals of an outbox."""
     row = connection.execute(
         "SELECT messages, bytes, dead_messages, dead_bytes, enqueued, acked, refused, expired, expired_unanswered,"
-        " dropped, dropped_unanswered, dropped_new, dead_dropped, redelivered FROM durablews_totals"
+        " dropped, dropped_unanswered, dropped_new, dead_dropped, lost, redelivered FROM durablews_totals"
     ).fetchone()
     return Counts(**dict(zip(Counts.__struct_fields__, row, strict=True)))
 

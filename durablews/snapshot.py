@@ -24,7 +24,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Departures(msgspec.Struct, frozen=True, kw_only=True):
-    """How many have left by which reason, ever; `dead_dropped` are dead letters over their own cap."""
+    """How many have left by which reason, ever.
+
+    `dead_dropped` are dead letters over their own cap; `lost` went with a damaged file (`durablews doctor --salvage`).
+    """
 
     acked: int
     refused: int
@@ -34,6 +37,7 @@ class Departures(msgspec.Struct, frozen=True, kw_only=True):
     dropped_unanswered: int
     dropped_new: int
     dead_dropped: int
+    lost: int
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):

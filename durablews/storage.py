@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -101,6 +102,10 @@ class Storage:
                 await self._writer
         finally:
             await self._stop()
+
+    def check_file(self) -> None:
+        """Raise StorageFailed when the file was removed, moved away or replaced since it was opened."""
+        database.require_same_file(self.path, self.committer.file)
 
     @property
     def trouble(self) -> str | None:
@@ -255,6 +260,8 @@ class Storage:
     async def _stop(self) -> None:
         db, self._db = self._db, None
         if db is not None:
+            if database.file_id(self.path) != self.committer.file:
+                await run_job(db, _spare_the_log)
             await db.close()
             close_gone()
 
@@ -263,3 +270,10 @@ class Storage:
     def _create(self) -> None:
         database.create(self.path)
         database.require_file(self.path)
+        self.committer.file = database.file_id(self.path)
+
+
+def _spare_the_log(connection: sqlite3.Connection) -> None:
+    """Keep SQLite from removing, by its name, a log that is another file's by now. Python 3.11 has no way to say so."""
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)

@@ -72,7 +72,7 @@ def test_json_is_one_object_with_the_promised_names(outbox: str, capfd: pytest.C
     names = "outbox schema stream owner pending pending_bytes caps oldest_age dead departed enqueued redelivered"
     assert list(found) == [*names.split(), "file_bytes", "link", "entries"]
     assert list(found["caps"]) == ["max_messages", "max_bytes", "max_age", "overflow"]
-    reasons = "acked refused expired expired_unanswered dropped dropped_unanswered dropped_new dead_dropped"
+    reasons = "acked refused expired expired_unanswered dropped dropped_unanswered dropped_new dead_dropped lost"
     assert list(found["departed"]) == reasons.split()
     assert list(found["link"]) == ["state", "since", "reason", "next_attempt", "blocked"]
     (entry,) = found["entries"]

@@ -158,7 +158,7 @@ def test_a_newer_outbox_is_refused_and_not_touched(tmp_path: Path) -> None:
     connection.close()
     database.create(str(path))
     assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["agent.db"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["agent.db", "agent.db-reserve"]
 
 
 def test_a_database_without_an_outbox_is_told_apart(memory: sqlite3.Connection) -> None:

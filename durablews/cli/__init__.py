@@ -20,7 +20,7 @@ from durablews.visible import printable
 __all__ = ["build_parser", "main"]
 
 # In the order of a newcomer's questions.
-_NAMES = ("demo", "send", "inspect", "run", "check", "explain", "serve")
+_NAMES = ("demo", "send", "inspect", "run", "check", "explain", "doctor", "serve")
 _VERBS = {name: import_module(f"durablews.cli.{name}") for name in _NAMES}
 
 _EPILOG = """\
@@ -31,10 +31,11 @@ examples:
   durablews inspect agent.db                         what waits, and how the link stands
   durablews run --url wss://example.com/ingest --outbox agent.db
   durablews check agent.toml                         what is wrong with a configuration, and why
+  durablews doctor agent.db                          what ails an outbox; --salvage for a damaged one
 
 exit codes:
   0    done
-  1    not all of it: the outbox is full, there is no such entry, or check found errors
+  1    not all of it: the outbox is full, there is no such entry, or check or doctor found something
   2    wrong usage, configuration or message
   3    the outbox is missing, not an outbox, too new, locked or in use, or its disk failed
   4    the network gave up

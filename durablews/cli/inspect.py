@@ -236,6 +236,7 @@ def _departures(snapshot: Snapshot) -> str:
         (departed.dropped_unanswered, "dropped unanswered"),
         (departed.dropped_new, "dropped on arrival"),
         (departed.dead_dropped, "dead letters over their cap"),
+        (departed.lost, "lost with a damaged file"),
     )
     return ", ".join(f"{count(number)} {what}" for number, what in counted if number)
 
