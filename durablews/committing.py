@@ -97,6 +97,7 @@ class Committer:
                         error = again
                         with contextlib.suppress(OutboxError):  # what is owed must not keep others from storing
                             results = self._transaction(connection, Work(), requests)
+                        self.tail = ()  # what is owed may come to stand before it
                     else:
                         error = None
                 elif requests:

@@ -169,6 +169,26 @@ async def test_the_writer_hands_over_what_it_alone_has_stored(tmp_path: Path) ->
         assert not box.told
 
 
+async def test_what_overtakes_a_change_that_the_disk_holds_up_is_not_handed_over(tmp_path: Path) -> None:
+    """C8: the change may give an earlier message its place back, or another one."""
+    denied = True
+
+    def authorize(action: int, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if denied and action == sqlite3.SQLITE_DELETE else sqlite3.SQLITE_OK
+
+    async with Draining(tmp_path / "agent.db") as box:
+        await box.send({})
+        await box.storage.read(lambda connection: connection.set_authorizer(authorize))
+        changing = box.storage.change(lambda connection: connection.execute("DELETE FROM durablews_departed"))
+        await box.storage.enqueue([draft({})])
+        assert box.told[-1] == []
+        assert not changing.done()
+        denied = False
+        await changing
+        await box.send({})
+        assert box.told[-1] == [3]
+
+
 async def test_what_is_not_synced_is_not_handed_over(tmp_path: Path) -> None:
     """C8: under durability="process" it goes the way that syncs it first."""
     async with Draining(tmp_path / "agent.db", durability="process") as box:
