@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -217,3 +218,8 @@ def fate(job: Callable[[], object]) -> str:
         said = pipe.read().decode()
     _, status = os.waitpid(pid, 0)
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else said
+
+
+def named(value: object) -> str:
+    """Return what a case of a test is called: the same in every process, so without addresses."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))

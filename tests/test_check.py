@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import COMMAND, ENVIRONMENT, Inbox
+from support import named
 
 import durablews
 from durablews import cli
@@ -132,7 +133,7 @@ def test_the_other_clients_names_are_used(check: Check, change: dict[str, Any], 
         ("agent.toml", "", None),
         ("pyproject.toml", "tool.durablews = 1", "tool.durablews must be a table"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_is_no_configuration_is_one_line_and_exit_code_2(
     check: Check, name: str, content: str | bytes | None, why: str | None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from namespaces import Network, network_fixture  # noqa: F401 - pytest looks for it here
 from servers import FAST, PlainServer, until
+from support import named
 from test_answers import SLOW, client, inspected, listening, quick_notes  # noqa: F401 - a fixture that acts by itself
 from websockets.asyncio.server import ServerConnection
 
@@ -271,7 +272,7 @@ class _NeitherTrueNorFalse:
         ({"headers": {"X": 1}}, "provider"),
         ({"on_open": _cancelled}, "on_open"),
     ],
-    ids=str,
+    ids=named,
 )
 async def test_a_callable_that_breaks_is_a_reason_and_not_the_end(
     tmp_path: Path, hook: dict[str, Any], error: str

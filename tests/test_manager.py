@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from looking import Look, look_fixture  # noqa: F401 - pytest looks for it here
 from servers import FAST, VISIBLE, PlainServer, until, until_true
+from support import named
 from websockets.asyncio.server import ServerConnection
 
 import durablews
@@ -492,7 +493,7 @@ async def test_a_redirect_on_the_same_server_is_followed(tmp_path: Path) -> None
         {"url": "wss://127.0.0.1:1/", "tls": {"ca_file": "/nowhere"}},
         {"auth": {"token_file": "/nowhere"}},
     ],
-    ids=str,
+    ids=named,
 )
 async def test_what_cannot_be_dialled_is_a_reason_and_not_the_end(
     tmp_path: Path, look: Look, given: dict[str, Any]

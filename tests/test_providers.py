@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from servers import until
+from support import named
 
 from durablews import ConfigError, Settings
 from durablews.config import AuthConfig
@@ -120,7 +121,7 @@ async def test_an_async_function_that_hangs_is_cancelled() -> None:
         (ZeroDivisionError(SECRET), True),
         (AttributeError(SECRET), True),
     ],
-    ids=repr,
+    ids=named,
 )
 @pytest.mark.parametrize("sync", [True, False])
 async def test_what_a_callable_raises_is_named_and_not_quoted(error: Exception, defect: bool, sync: bool) -> None:
@@ -224,7 +225,7 @@ async def test_a_token_takes_the_place_of_the_urls_password() -> None:
         {"auth": {"token_file": "/nowhere"}},
         {"auth": {"token_file": "/"}},
     ],
-    ids=str,
+    ids=named,
 )
 async def test_what_cannot_be_used_is_its_owners_to_mend(given: Any) -> None:
     """A URL, headers or a file that cannot be used is said in a sentence, without what was given."""

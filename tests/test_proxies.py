@@ -16,6 +16,7 @@ from certificates import Certificates, SecureServer, certificates_fixture  # noq
 from looking import Look, look_fixture, shown  # noqa: F401 - pytest looks for it here
 from proxies import HttpProxy, Proxy, SocksProxy
 from servers import ENVIRONMENT, FAST, PlainServer, until
+from support import named
 
 import durablews
 from durablews import cli
@@ -101,7 +102,7 @@ async def test_who_resolves_the_name(tmp_path: Path, scheme: str, host: str) -> 
         ({"WSS_PROXY": "{http}"}, None),
         ({}, None),
     ],
-    ids=repr,
+    ids=named,
 )
 async def test_the_environment_says_which_proxy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], through: str | None

@@ -19,6 +19,7 @@ import pytest
 from certificates import Certificates, Pair, SecureServer, certificates_fixture  # noqa: F401 - pytest looks for it here
 from looking import Look, look_fixture, shown  # noqa: F401 - pytest looks for it here
 from servers import ENVIRONMENT, FAST, PlainServer, until
+from support import named
 
 import durablews
 from durablews.client import Client
@@ -345,7 +346,7 @@ def test_nobody_is_asked_for_the_password_of_a_key(tmp_path: Path, certificates:
         {"ssl": ssl._create_unverified_context()},
         {"verify": False},
     ],
-    ids=repr,
+    ids=named,
 )
 def test_no_setting_switches_verification_off(tmp_path: Path, settings: dict[str, Any]) -> None:
     """There is no such setting, and what other libraries call it is an error and not ignored."""
