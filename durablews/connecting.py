@@ -8,8 +8,17 @@ from typing import Any
 import aiosqlite
 
 from durablews.jobs import JobConnection
+from durablews.walindex import close_gone
 
 __all__ = ["open_connection"]
+
+
+class _Connection(JobConnection):
+    """Lets go of the shared memory with the file, on the thread that closes it: whatever becomes of who asked."""
+
+    def close(self) -> None:
+        super().close()
+        close_gone()
 
 
 async def open_connection(path: str, **options: Any) -> aiosqlite.Connection:
@@ -27,7 +36,7 @@ async def open_connection(path: str, **options: Any) -> aiosqlite.Connection:
 
 
 async def _open(path: str, options: dict[str, Any]) -> aiosqlite.Connection:
-    return await aiosqlite.connect(path, factory=JobConnection, isolation_level=None, **options)
+    return await aiosqlite.connect(path, factory=_Connection, isolation_level=None, **options)
 
 
 def _close(opening: asyncio.Future[aiosqlite.Connection]) -> None:

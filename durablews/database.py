@@ -27,7 +27,7 @@ from durablews.errors import (
 from durablews.jobs import UncertainCommit, transaction
 from durablews.reservefile import DISK_FULL, fill, free_bytes, make_room, reserve_path
 from durablews.schema import APPLICATION_ID, apply_migrations, migrations, require_outbox
-from durablews.walindex import opening
+from durablews.walindex import close_gone, opening
 
 __all__ = [
     "BUSY_TIMEOUT",
@@ -180,6 +180,7 @@ def create(path: str, *, with_reserve: bool = True) -> None:
     finally:
         for name in (made.name, f"{made.name}-shm"):
             made.with_name(name).unlink(missing_ok=True)
+        close_gone()
 
 
 def _publish(made: Path, final: Path) -> None:

@@ -24,7 +24,6 @@ from durablews.entries import Claims, Gap
 from durablews.errors import OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import run_job
 from durablews.messages import Draft, Entry, Run
-from durablews.walindex import close_gone
 from durablews.work import SETTLE_DELAY, Work, resolve_all
 
 __all__ = ["Storage"]
@@ -263,7 +262,6 @@ class Storage:
             if database.file_id(self.path) != self.committer.file:
                 await run_job(db, _spare_the_log)
             await db.close()
-            close_gone()
 
     # -- on the connection's thread
 

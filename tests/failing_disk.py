@@ -25,7 +25,7 @@ from typing import Any
 from servers import FAST, PlainServer
 
 import durablews
-from durablews import DurablewsError, OutboxFull, StorageFailed, jobs, storage
+from durablews import DurablewsError, OutboxFull, StorageFailed, committing, jobs
 from durablews.outbox import Outbox
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -197,7 +197,7 @@ def break_it(how: str) -> None:
             with suppress(jobs.UncertainCommit), jobs.transaction(connection):
                 yield
 
-        storage.transaction = careless  # type: ignore[attr-defined]
+        committing.transaction = careless  # type: ignore[attr-defined]
     else:
         raise ValueError(how)
 

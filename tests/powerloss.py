@@ -58,7 +58,7 @@ def compile_recorder(folder: Path) -> Path:
 
 def contents(home: Path) -> dict[str, bytes]:
     """Return what lies in a folder, but for the shared memory, which no file system has to keep."""
-    return {path.name: path.read_bytes() for path in home.iterdir() if not path.name.endswith("-shm")}
+    return {path.name: path.read_bytes() for path in home.iterdir() if not path.name.endswith(("-shm", "-reserve"))}
 
 
 def record(

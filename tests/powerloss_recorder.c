@@ -5,7 +5,7 @@
  *
  * Linux. One lock is held across each call and its record, so that the log's order is the true one across threads. Only
  * absolute paths directly in the folder are recorded, and never those that end in "-shm": what is mapped does not pass
- * through here, and SQLite builds that file anew. tests/powerloss.py reads the log, and its test compares the folder
+ * through here, and SQLite builds that file anew; nor in "-reserve": nothing is in that. tests/powerloss.py reads the log, and its test compares the folder
  * with it byte by byte, so that a call that is missing here is found.
  *
  * A record: kind, length of the data (32 bits each); file, number (64 bits each); then the data.
@@ -85,6 +85,8 @@ static const char *name_of(const char *path) {
         return NULL;
     size_t length = strlen(++rest);
     if (length >= 4 && strcmp(rest + length - 4, "-shm") == 0)
+        return NULL;
+    if (length >= 8 && strcmp(rest + length - 8, "-reserve") == 0)
         return NULL;
     return rest;
 }

@@ -62,7 +62,8 @@ def test_hundreds_of_kills_lose_nothing_and_double_nothing(tmp_path: Path, seed:
         ("reuses_sequences", "sequence"),
         ("forgets_to_raise", "sequence not raised"),
         ("applies_repeats", "twice"),
-        ("sends_the_lowest_first", "out of order"),
+        # What it holds back for the lowest, it may pass over.
+        ("sends_the_lowest_first", ("out of order", "lost")),
         ("migrates_piecemeal", "the agent ended by itself"),
     ],
 )

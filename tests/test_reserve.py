@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from servers import FAST, PlainServer, until, until_true
+from servers import ENVIRONMENT, FAST, PlainServer, until, until_true
 from support import fate, integrity
 
 import durablews
 from durablews import OutboxFull, StorageFailed, database, reserve, reservefile, walindex
 from durablews.analysis import load
-from durablews.outbox import Outbox
 
 posix = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
 
@@ -102,13 +103,16 @@ async def test_only_the_drainer_takes_and_gives_back(tmp_path: Path) -> None:
         assert await ws.flush(60)
         with mock.patch.object(reserve, "fill"):  # as on a full disk
             reservefile.give_part(str(path))
-
-            async def store() -> None:
-                async with Outbox(path) as box:
-                    await box.send("x" * 100_000)
-
-            said = await asyncio.to_thread(fate, lambda: asyncio.run(store()))
-            assert said.startswith("OutboxFull"), said
+            # A program of its own: SQLite must not be used on this file by a fork of who has it open.
+            program = (
+                "import asyncio, sys, durablews\nfrom unittest import mock\n"
+                "async def store():\n    async with durablews.Outbox(sys.argv[1]) as box:\n"
+                "        await box.send('x' * 100_000)\n"
+                "with mock.patch('durablews.reserve.fill'):\n    asyncio.run(store())\n"
+            )
+            command = [sys.executable, "-c", program, str(path)]
+            said = await asyncio.to_thread(subprocess.run, command, env=ENVIRONMENT, capture_output=True, text=True)
+            assert "OutboxFull" in said.stderr, said.stderr
             assert not reservefile.is_whole(str(path))
         await until(lambda: reservefile.is_whole(str(path)), 60)
 

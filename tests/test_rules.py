@@ -269,8 +269,8 @@ def test_both_ends_of_every_range(tmp_path: Path, code: str, setting: str, good:
         (
             "DWS402",
             "[caps]\nmax_messages = 1000\n",
-            {"disk": 26_000_000, "payload": 400},
-            {"disk": 25_000_000, "payload": 400},
+            {"disk": 13_420_000, "payload": 400},
+            {"disk": 12_410_000, "payload": 400},
         ),
         ("DWS406", "[caps]\nmax_bytes = 10000\n", {"payload": 1000}, {"payload": 1001}),
         ("DWS406", "", {"payload": 1 << 20}, {"payload": (1 << 20) + 1}),

@@ -33,7 +33,7 @@ from durablews.jobs import JobConnection
 from durablews.receiver import SUBPROTOCOLS, Receiver, Store, select_subprotocol
 from durablews.wire.frames import Item
 
-__all__ = ["DRAINING", "PRIORITIES", "Voice", "agent", "migrations_up_to", "receiver"]
+__all__ = ["DRAINING", "PRIORITIES", "REAL_SCHEMA", "Voice", "agent", "migrations_up_to", "receiver"]
 
 PRIORITIES = (1, 0, -1)
 #: The roles of an agent that sends nothing: "drain" stays when all is acknowledged, "last" ends.
@@ -63,14 +63,16 @@ class Voice:
 
 
 def migrations_up_to(newest: int) -> list[tuple[int, str]]:
-    """Return the one real migration and made-up ones after it, each of which works on every entry.
+    """Return the real migrations and made-up ones after them, each of which works on every entry.
+
+    `newest` counts from the last real one, which is 1.
 
     Each leaves one table with its own number behind, and takes the one before away: a file that was migrated by halves
     shows it.
     """
-    known = [migration for migration in _REAL if migration[0] == 1]
-    for number in range(2, newest + 1):
-        before = f"DROP TABLE durablews_step_{number - 1};" if number > 2 else ""
+    known, first = list(_REAL), _REAL[-1][0] + 1
+    for number in range(first, first + newest - 1):
+        before = f"DROP TABLE durablews_step_{number - 1};" if number > first else ""
         script = (
             f"CREATE TABLE durablews_step_{number} (seq INTEGER PRIMARY KEY, checksum INTEGER) STRICT;"
             f"INSERT INTO durablews_step_{number} SELECT seq, checksum FROM durablews_entries;"
@@ -82,6 +84,8 @@ def migrations_up_to(newest: int) -> list[tuple[int, str]]:
 
 
 _REAL = schema.migrations()
+#: The schema of this version; made-up ones are above it.
+REAL_SCHEMA = _REAL[-1][0]
 
 
 def agent(path: Path, url: str, voice: Voice, *, life: int, role: str, newest: int, seed: int) -> None:
