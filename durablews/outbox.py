@@ -287,7 +287,7 @@ class Outbox:
 
     def _check_process(self) -> None:
         if not same_process(self._process):
-            raise OutboxClosed(self.path, "this outbox was opened before a fork; open it again in the child")
+            raise OutboxClosed(self.path, "this outbox was opened before a fork: a child must be a program of its own")
 
 
 def read_counts(connection: sqlite3.Connection) -> Counts:

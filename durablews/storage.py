@@ -24,6 +24,7 @@ from durablews.entries import Claims, Gap
 from durablews.errors import OutboxClosed, OutboxError, OutboxFull, StorageFailed
 from durablews.jobs import run_job
 from durablews.messages import Draft, Entry, Run
+from durablews.process import note_closed, note_opened, was_open_before_fork
 from durablews.work import SETTLE_DELAY, Work, resolve_all
 
 __all__ = ["Storage"]
@@ -78,6 +79,7 @@ class Storage:
         await asyncio.to_thread(self._create)
         with database.storage_errors(self.path):
             self._db = await open_connection(database.uri(self.path, "rw"), uri=True, timeout=database.BUSY_TIMEOUT)
+        note_opened(self.committer.file)
         try:
             with database.storage_errors(self.path):
                 result = await run_job(self._db, lambda connection: self.committer.begin(connection, first))
@@ -259,9 +261,12 @@ class Storage:
     async def _stop(self) -> None:
         db, self._db = self._db, None
         if db is not None:
-            if database.file_id(self.path) != self.committer.file:
-                await run_job(db, _spare_the_log)
-            await db.close()
+            try:
+                if database.file_id(self.path) != self.committer.file:
+                    await run_job(db, _spare_the_log)
+                await db.close()
+            finally:
+                note_closed(self.committer.file)
 
     # -- on the connection's thread
 
@@ -269,6 +274,12 @@ class Storage:
         database.create(self.path)
         database.require_file(self.path)
         self.committer.file = database.file_id(self.path)
+        if was_open_before_fork(self.committer.file):
+            raise StorageFailed(
+                self.path,
+                "the process that this one was forked from had it open, and SQLite cannot share it: start a program of"
+                " its own (multiprocessing: spawn), or close the outbox before the fork",
+            )
 
 
 def _spare_the_log(connection: sqlite3.Connection) -> None:

@@ -155,11 +155,11 @@ def waits_for_no_lock() -> None:
 def upgrades_its_lock() -> None:
     """A build whose transactions begin by reading and take the write lock later."""
 
-    class Deferred(jobs.JobConnection):
+    class Deferred(connecting._Connection):
         def execute(self, sql: Any, parameters: Any = (), /) -> Any:
             return super().execute("BEGIN" if sql == "BEGIN IMMEDIATE" else sql, parameters)
 
-    connecting.JobConnection = Deferred  # type: ignore[attr-defined]
+    connecting._Connection = Deferred  # type: ignore[attr-defined]
 
 
 def keeps_payloads() -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from servers import ENVIRONMENT, FAST, PlainServer, until, until_true
-from support import integrity
+from support import in_child, integrity
 
 import durablews
-from durablews import OutboxClosed, OutboxFull, OutboxLocked, database, outbox
+from durablews import OutboxClosed, OutboxFull, OutboxLocked, StorageFailed, database, outbox
 from durablews.client import Client
 from durablews.draining import DrainedOutbox
 from durablews.outbox import Outbox
@@ -415,6 +415,42 @@ def leave_at_once(box: Outbox) -> None:
         await box.close()
 
     asyncio.run(use())
+
+
+def open_again(path: Path) -> None:
+    """Open what the parent has open, as a child that knows no better does."""
+
+    async def use() -> None:
+        with pytest.raises(StorageFailed, match=r"forked from had it open.*spawn"):
+            async with Outbox(path) as box:
+                await box.send("child")
+
+    asyncio.run(use())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+async def test_a_forked_child_may_not_open_what_its_parent_has_open(tmp_path: Path) -> None:
+    """P1: SQLite would take the parent's locks for the child's, and what it stores might go with the parent's log."""
+    path, closed = tmp_path / "agent.db", tmp_path / "closed.db"
+    async with Outbox(closed) as box:
+        await box.send("before")
+    async with Outbox(path) as box:
+        await box.send("before")
+        child = multiprocessing.get_context("fork").Process(target=open_again, args=(path,))
+        child.start()
+        await asyncio.to_thread(child.join, 20)
+        assert child.exitcode == 0
+        said = await asyncio.to_thread(in_child, lambda: asyncio.run(send_from_child(closed)))
+        assert said == "sent"
+    assert stored(path) == ["before"]
+    assert stored(closed) == ["before", "child"]
+
+
+async def send_from_child(path: Path) -> str:
+    async with Outbox(path) as box:
+        await box.send("child")
+    return "sent"
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
