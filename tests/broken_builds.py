@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from durablews import connecting, database, entries, identity, jobs, messages, outbox, schema
+from durablews import connecting, database, entries, identity, messages, outbox, schema
 from durablews.committing import Committer
 from durablews.delivery.actions import Settle
 from durablews.delivery.delivery import Delivery
