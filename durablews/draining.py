@@ -177,6 +177,9 @@ class DrainedOutbox(Outbox):
             if unfit:
                 bad = {seq for seq, _ in unfit}
                 found = [entry for entry in found if entry.seq not in bad]
+            highest = identity.sendable_last(connection)
+            if highest is not None:
+                found = [entry for entry in found if entry.seq <= highest]
             return Page(found, [(_priority_of(connection, seq), seq, fault) for seq, fault in unfit])
 
         try:

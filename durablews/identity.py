@@ -15,7 +15,7 @@ from collections.abc import Callable
 from durablews.entries import last_sequence
 from durablews.settlement import mark_first_as_sent
 
-__all__ = ["claimed_last", "confirm_raise", "leave", "machine_id", "renew_stream", "take_over"]
+__all__ = ["claimed_last", "confirm_raise", "leave", "machine_id", "renew_stream", "sendable_last", "take_over"]
 
 #: The raise of the sequence at each opening is uniform in 1 to this.
 _LARGEST_RAISE = 2**32
@@ -70,6 +70,16 @@ def claimed_last(connection: sqlite3.Connection) -> int:
     """
     raised_from, raised_to = connection.execute("SELECT raised_from, raised_to FROM durablews_meta").fetchone()
     return last_sequence(connection) if raised_to is None else int(raised_from)
+
+
+def sendable_last(connection: sqlite3.Connection) -> int | None:
+    """Return the highest sequence that may be sent now; None when all may.
+
+    While the file does not say that a welcome has followed its raise, because the disk fails, nothing from above it may
+    be sent: after a crash a hello would claim less than the server has seen, and the stream would end for nothing.
+    """
+    (raised_from,) = connection.execute("SELECT raised_from FROM durablews_meta").fetchone()
+    return None if raised_from is None else int(raised_from)
 
 
 def confirm_raise(connection: sqlite3.Connection) -> None:

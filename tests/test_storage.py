@@ -246,6 +246,37 @@ async def test_deletes_that_fail_are_owed_and_tried_without_a_busy_loop(tmp_path
     assert len(sent) == len(set(sent)) == 3001
 
 
+async def test_nothing_new_is_sent_while_the_disk_cannot_say_that_a_welcome_came(tmp_path: Path) -> None:
+    """P5: or a crash would make the next hello claim less than the server has seen, and all would be sent anew."""
+    path = tmp_path / "agent.db"
+    async with Outbox(path) as box:
+        await box.send("old")
+    log: list[str] = []
+    denied = True
+
+    def authorize(action: int, table: str | None, column: str | None, *_: object) -> int:
+        hit = denied and action == sqlite3.SQLITE_UPDATE and column == "raised_to"
+        return sqlite3.SQLITE_DENY if hit else sqlite3.SQLITE_OK
+
+    server = PlainServer()
+    async with server:
+        await server.stop()
+        async with client(server, tmp_path) as ws:
+            storage = ws._outbox.storage
+            await storage.read(lambda connection: connection.set_authorizer(authorize))
+            await ws.send("new")
+            await traced(ws._outbox, log)
+            await server.start()
+            await until(lambda: server.payloads == ["old"] and log.count("ROLLBACK") >= 2)
+            await ws.send("newer")
+            await asyncio.sleep(0.3)  # no condition: what is shown is that nothing happens
+            assert server.payloads == ["old"]
+            denied = False
+            assert await ws.flush(20)
+            await storage.read(lambda connection: connection.set_authorizer(None))
+        assert server.payloads == ["old", "new", "newer"]
+
+
 async def test_closing_ends_although_nothing_can_be_written(tmp_path: Path) -> None:
     """P8: a disk that fails at the end does not keep `async with` from ending; what was sent before is on disk."""
 
