@@ -26,6 +26,7 @@ from durablews.errors import NotAnOutbox, OutboxInUse, OutboxLocked, OutboxMissi
 from durablews.ownership import Ownership, lock_path
 from durablews.remains import Layout, Remains, Source
 from durablews.schema import apply_migrations, migrations
+from durablews.walindex import close_gone
 
 if sys.platform != "win32":
     import fcntl
@@ -82,6 +83,7 @@ def salvage(path: str, *, progress: Progress = lambda what, done, whole: None) -
             return found
     finally:
         ownership.release()
+        close_gone()
 
 
 # -- the files
