@@ -289,9 +289,11 @@ def stuck(path: Path, disk: Disk) -> str:
     async def play() -> str:
         scene = Scene(path, disk)
         async with PlainServer() as server:
-            await server.stop()
             settings: dict[str, Any] = {"reconnect": FAST, "proxy": None, "delivery": {"drain_timeout": 0}}
             async with durablews.connect(server.url, path, **settings) as ws:
+                # The first welcome after an opening has to be written down before anything new is sent.
+                await (await ws.send("welcomed")).acked(60)
+                await server.stop()
                 disk.fill(600 * KIB)
                 await scene.send_until_refused(ws)
                 os.unlink(reservefile.reserve_path(str(path)))

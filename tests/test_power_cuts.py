@@ -125,6 +125,8 @@ class Agent:
             # Only what was said before the cut was promised. What is said later may be true as well.
             while line := marks.readline():
                 self.note(line)
+            # Stopped first: where there is no power nobody goes on, and sends what a failing sync only seemed to store.
+            os.kill(child[0], signal.SIGSTOP)
             medium.cut()
             os.kill(child[0], signal.SIGKILL)
             answer(child)
