@@ -29,10 +29,6 @@ from durablews.storage import Storage
 __all__ = ["Counts", "Outbox", "Receipt", "read_counts"]
 
 
-# Bytes of log above which one who only writes looks whether it may tidy up.
-_LARGEST_LOG = upkeep.LARGEST_LOG
-
-
 class _News:
     """Someone waits for what becomes of one message."""
 
@@ -139,7 +135,8 @@ class Outbox:
         self.storage.on_settled = self.look_again
         self.storage.on_stored = self._stored
         self._waiting: set[_News] = set()
-        self._log_limit = _LARGEST_LOG
+        # Bytes of log above which one who only writes looks whether it may tidy up.
+        self._log_limit = upkeep.LARGEST_LOG
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -276,14 +273,14 @@ class Outbox:
         size = database.wal_stamp(self.path)[1]
         if size > self._log_limit and not self.storage.closing:
             # Someone may read the log or drain it, and a try waits for readers: not again for every commit.
-            self._log_limit = size + _LARGEST_LOG
+            self._log_limit = size + upkeep.LARGEST_LOG
             tidied = self.storage.read(lambda connection: upkeep.checkpoint_if_alone(connection, self.path))
             # Whether it worked is told by the next commit.
             tidied.add_done_callback(self._tidied)
 
     def _tidied(self, done: asyncio.Future[bool]) -> None:
         if not done.cancelled() and done.exception() is None and done.result():
-            self._log_limit = _LARGEST_LOG
+            self._log_limit = upkeep.LARGEST_LOG
 
     def _check_process(self) -> None:
         if not same_process(self._process):

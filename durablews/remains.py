@@ -284,6 +284,9 @@ def _row(seq: int, values: dict[str, Any]) -> Row:
         priority = 0
     refusal = _refusal(_text(values["refusal"]))
     state = values["ack_state"]
+    if refusal is None and values["refusal"] is not None and state != 3:
+        # Only what was refused has one: it does not come back to life because nobody can read why.
+        refusal = Refusal(code="unreadable", reason="why it was refused cannot be read", unknown=True)
     if refusal is not None:
         state = 3 if refusal.needs is not None and state == 3 else 2
     elif state != 0:

@@ -30,7 +30,7 @@ from durablews import database
 from durablews.errors import OutboxError, OutboxFull
 from durablews.messages import Draft
 from durablews.ownership import holder_of
-from durablews.reservefile import RESERVE, fill, free_bytes, give_part, reserve_path
+from durablews.reservefile import RESERVE, fill, free_bytes, give_part, is_whole
 from durablews.walindex import LogIndex, index_of
 
 __all__ = ["Reserve"]
@@ -55,7 +55,6 @@ class Reserve:
 
     def __init__(self, path: str, *, drainer: bool) -> None:
         self._path = path
-        self._file = reserve_path(path)
         self._drainer = drainer
         self._index: LogIndex | None = None
         self._ours = self._kept = False
@@ -84,7 +83,7 @@ class Reserve:
         self._cover(max(_AHEAD, 2 * growth + 2 * sum(map(len, requests))))
         if not requests or not self._kept:
             return
-        if not self._is_whole() and not self.restore():
+        if not is_whole(self._path) and not self.restore():
             if connection.execute("PRAGMA freelist_count").fetchone()[0] < growth:
                 raise self._full("what is left is kept for acknowledgements")
         elif self._index is not None and not self._has_room(self._index, growth):
@@ -109,20 +108,14 @@ class Reserve:
 
     def restore(self) -> bool:
         """Make the reserve whole, if there is room and it is for us to do; return whether it is whole."""
-        whole = not self._kept or self._is_whole()
+        whole = not self._kept or is_whole(self._path)
         if not whole and (self._drainer or holder_of(self._path) is None):
             fill(self._path)
-            whole = self._is_whole()
+            whole = is_whole(self._path)
         self.trouble = None if whole else "the disk is full: only acknowledgements are written"
         return whole
 
     # -- inside
-
-    def _is_whole(self) -> bool:
-        try:
-            return os.stat(self._file).st_size >= RESERVE
-        except OSError:
-            return False
 
     def _cover(self, frames: int) -> None:
         if self._index is None:
@@ -150,7 +143,7 @@ class Reserve:
             given = True
             if _home(connection):
                 break
-        self.trouble = None if self._is_whole() else "the disk is full: only acknowledgements are written"
+        self.trouble = None if is_whole(self._path) else "the disk is full: only acknowledgements are written"
         return given
 
     def _full(self, why: str) -> OutboxFull:

@@ -25,7 +25,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
 import durablews
-from durablews import database, housekeeping, outbox, upkeep
+from durablews import database, housekeeping, upkeep
 from durablews.committing import Committer
 from durablews.entries import Gap
 from durablews.errors import Rejected
@@ -267,7 +267,7 @@ def main(folder: Path, number: int, seed: str, durability: str, broken: str) -> 
     database._CHECKPOINT_PAGES = 60
     upkeep._KEPT, upkeep._STEP = 4, 4
     housekeeping._SPACE_INTERVAL = 0.02
-    outbox._LARGEST_LOG = 128 * 1024
+    upkeep.LARGEST_LOG = 128 * 1024
     marks = os.open(folder / MARKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def mark(*facts: object) -> None:

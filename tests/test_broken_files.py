@@ -22,7 +22,16 @@ from typing import Any
 import pytest
 from servers import FAST, PlainServer
 from support import integrity
-from wreckage import Wreck, flip, judge, make_wreck, rows
+from wreckage import (  # noqa: F401 - pytest looks for the fixtures here
+    SEED,
+    Wreck,
+    closed_fixture,
+    crashed_fixture,
+    flip,
+    judge,
+    rows,
+    say_seed,
+)
 
 import durablews
 from durablews import carryover, remains
@@ -30,14 +39,8 @@ from durablews.errors import OutboxError
 from durablews.salvage import salvage
 
 FLIPS = int(os.environ.get("DURABLEWS_TEST_FLIPS", "300"))
-SEED = int(os.environ.get("DURABLEWS_TEST_SEED") or random.randrange(2**32))
 #: Of the flips, each so many-eth goes on to a server, before and after the salvage.
 DRAINED = 10
-
-
-@pytest.fixture(autouse=True)
-def say_seed() -> None:
-    sys.stdout.write(f"DURABLEWS_TEST_SEED={SEED}\n")
 
 
 @pytest.fixture
@@ -46,18 +49,6 @@ def quick() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     yield folder / "box"
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox that was closed: one file."""
-    return make_wreck(tmp_path_factory.mktemp("closed") / "made", random.Random(SEED), log=False)
-
-
-@pytest.fixture(scope="module")
-def crashed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox whose program was killed: a file and its log."""
-    return make_wreck(tmp_path_factory.mktemp("crashed") / "made", random.Random(SEED + 1), log=True)
 
 
 async def delivered(path: Path, *, timeout: float = 0.5) -> list[tuple[int, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from servers import FAST, PlainServer
 
 import durablews
-from durablews import Dropped, MessageTooLarge, OutboxClosed, OutboxFull, PayloadError, outbox
+from durablews import Dropped, MessageTooLarge, OutboxClosed, OutboxFull, PayloadError, upkeep
 from durablews.outbox import Outbox
 
 
@@ -101,7 +101,7 @@ async def test_a_receipt_that_waits_hears_that_its_outbox_closes(tmp_path: Path)
 
 async def test_a_producer_alone_keeps_its_log_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P6: without a drainer, the log does not grow without end; with one, the producer leaves it alone."""
-    monkeypatch.setattr(outbox, "_LARGEST_LOG", 256 * 1024)
+    monkeypatch.setattr(upkeep, "LARGEST_LOG", 256 * 1024)
     path = tmp_path / "agent.db"
     wal = tmp_path / "agent.db-wal"
     longest = 0

@@ -372,6 +372,10 @@ def test_an_expiry_that_had_to_wait_knows_what_was_sent_meanwhile() -> None:
     expire as never sent (P2, PROTOCOL.md C3)."""
     world = World(random.Random(1), delivery=DeliveryConfig(), caps={})
     try:
+        world.connect(8)  # the first welcome has to be written down before anything is sent
+        settle_down(world)
+        world.cut(read_on=False)
+        settle_down(world)
         world.send(3, 0, ttl=5.0)
         settle_down(world)
         world.wait(6.0)

@@ -9,7 +9,6 @@ import asyncio
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,19 @@ import msgspec
 import pytest
 from servers import FAST, PlainServer
 from support import integrity, totals
-from wreckage import PAGE, Wreck, judge, make_wreck, noise_on_a_leaf, noise_on_pages, remains_of, rows
+from wreckage import (  # noqa: F401 - pytest looks for the fixtures here
+    PAGE,
+    SEED,
+    Wreck,
+    closed_fixture,
+    crashed_fixture,
+    judge,
+    noise_on_a_leaf,
+    noise_on_pages,
+    remains_of,
+    rows,
+    say_seed,
+)
 
 import durablews
 from durablews import btree, cli, database, remains, writeahead
@@ -30,26 +41,6 @@ from durablews.errors import (
 from durablews.inspection import inspect
 from durablews.remains import Remains
 from durablews.salvage import salvage
-
-SEED = int(os.environ.get("DURABLEWS_TEST_SEED") or random.randrange(2**32))
-posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files and processes")
-
-
-@pytest.fixture(autouse=True)
-def say_seed() -> None:
-    sys.stdout.write(f"DURABLEWS_TEST_SEED={SEED}\n")
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox that was closed: one file."""
-    return make_wreck(tmp_path_factory.mktemp("closed") / "made", random.Random(SEED), log=False)
-
-
-@pytest.fixture(scope="module")
-def crashed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox whose program was killed: a file and its log."""
-    return make_wreck(tmp_path_factory.mktemp("crashed") / "made", random.Random(SEED + 1), log=True)
 
 
 def noise_on_root(name: str) -> Callable[[Path, random.Random], None]:

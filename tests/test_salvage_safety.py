@@ -19,7 +19,16 @@ from typing import Any
 import pytest
 from servers import ENVIRONMENT
 from support import FakeClock, application_database, in_child, integrity, new_outbox, store
-from wreckage import Wreck, judge, make_wreck, noise_on_a_leaf, rows
+from wreckage import (  # noqa: F401 - pytest looks for the fixtures here
+    SEED,
+    Wreck,
+    closed_fixture,
+    crashed_fixture,
+    judge,
+    noise_on_a_leaf,
+    rows,
+    say_seed,
+)
 
 from durablews import cli, database, entries
 from durablews.errors import (
@@ -36,25 +45,7 @@ from durablews.messages import draft
 from durablews.ownership import Ownership
 from durablews.salvage import salvage
 
-SEED = int(os.environ.get("DURABLEWS_TEST_SEED") or random.randrange(2**32))
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files and processes")
-
-
-@pytest.fixture(autouse=True)
-def say_seed() -> None:
-    sys.stdout.write(f"DURABLEWS_TEST_SEED={SEED}\n")
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox that was closed: one file."""
-    return make_wreck(tmp_path_factory.mktemp("closed") / "made", random.Random(SEED), log=False)
-
-
-@pytest.fixture(scope="module")
-def crashed(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
-    """An outbox whose program was killed: a file and its log."""
-    return make_wreck(tmp_path_factory.mktemp("crashed") / "made", random.Random(SEED + 1), log=True)
 
 
 # -- what is not salvaged

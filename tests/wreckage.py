@@ -6,11 +6,13 @@ import os
 import random
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from support import FakeClock, new_outbox, run_of, store
 
 from durablews import btree, settlement
@@ -22,8 +24,11 @@ from durablews.salvage import reference_layout
 
 __all__ = [
     "PAGE",
+    "SEED",
     "Kept",
     "Wreck",
+    "closed_fixture",
+    "crashed_fixture",
     "flip",
     "judge",
     "make_wreck",
@@ -31,9 +36,11 @@ __all__ = [
     "noise_on_pages",
     "remains_of",
     "rows",
+    "say_seed",
 ]
 
 PAGE = 4096
+SEED = int(os.environ.get("DURABLEWS_TEST_SEED") or random.randrange(2**32))
 _ROWS = "SELECT seq, priority, CAST(payload AS BLOB), typeof(payload), ack_state FROM durablews_entries ORDER BY seq"
 
 
@@ -198,3 +205,23 @@ def judge(wreck: Wreck, path: Path, found: Salvage, *, resurrected: bool = False
     assert kept.exists() or kept.with_name(kept.name + "-wal").exists(), "the damaged file is gone"
     unchanged = [row for row, was in zip(whole, originals, strict=True) if (row.state == 2) == (was.state == 2)]
     return len(wreck.rows) - len(unchanged)
+
+
+# -- fixtures, for the files that import them
+
+
+@pytest.fixture(autouse=True)
+def say_seed() -> None:
+    sys.stdout.write(f"DURABLEWS_TEST_SEED={SEED}\n")
+
+
+@pytest.fixture(scope="module", name="closed")
+def closed_fixture(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
+    """An outbox that was closed: one file."""
+    return make_wreck(tmp_path_factory.mktemp("closed") / "made", random.Random(SEED), log=False)
+
+
+@pytest.fixture(scope="module", name="crashed")
+def crashed_fixture(tmp_path_factory: pytest.TempPathFactory) -> Wreck:
+    """An outbox whose program was killed: a file and its log."""
+    return make_wreck(tmp_path_factory.mktemp("crashed") / "made", random.Random(SEED + 1), log=True)
