@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import suppress
 
 from durablews.database import BUSY_TIMEOUT, wal_bytes
 from durablews.ownership import Ownership, lock_path
@@ -112,7 +113,9 @@ def _cut(connection: sqlite3.Connection, pages: int) -> None:
     """Let the file end where the database does: a checkpoint brings that about, unless someone reads the log."""
     path = connection.execute("PRAGMA database_list").fetchone()[2]
     size = pages * _ask(connection, "page_size")
-    if path and os.stat(path).st_size > size:
+    with suppress(FileNotFoundError):  # moved away meanwhile, which is for others to tell
+        if not path or os.stat(path).st_size <= size:
+            return
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 

@@ -216,6 +216,15 @@ def pages(connection: sqlite3.Connection) -> tuple[int, int]:
     return tuple(connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))  # type: ignore[return-value]
 
 
+def test_a_file_that_was_moved_away_is_no_defect(tmp_path: Path) -> None:
+    """Housekeeping goes on, and tells of the file when it looks at that."""
+    connection = new_outbox(tmp_path)
+    os.rename(tmp_path / "agent.db", tmp_path / "away.db")
+    assert not upkeep.give_back(connection)
+    os.rename(tmp_path / "away.db", tmp_path / "agent.db")
+    connection.close()
+
+
 def test_a_file_shrinks_in_small_steps(tmp_path: Path) -> None:
     """Each step gives a megabyte back at most; some is kept for the next backlog, and what waits is untouched."""
     connection = emptied(tmp_path)
